@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes .venv and installs requirements.txt into it: scripts/requirements.sh [cpu|cuda|tpu]. Quick when nothing changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+accelerator="${1:-cpu}"
+case "$accelerator" in
+  cpu) extra="" ;;
+  cuda) extra="jax[cuda12]" ;;
+  tpu) extra="jax[tpu]" ;;
+  *) echo "error: unknown accelerator '$accelerator'; use cpu, cuda or tpu" >&2; exit 2 ;;
+esac
+
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: SeqRF needs Python 3.11 or newer, $python is $("$python" --version 2>&1); set PYTHON" >&2
+  exit 2
+fi
+
+wanted="$accelerator $(sha256sum < requirements.txt)"
+stamp=.venv/seqrf-requirements
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "installing requirements.txt for $accelerator into .venv (about 4 GB)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $extra
+.venv/bin/python -m pip check --disable-pip-version-check
+echo "$wanted" > "$stamp"
