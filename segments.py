@@ -5,9 +5,8 @@ network and of the ODE dx/dtau = v(x, tau): tau = EPS is noise, tau = 1 is data.
 rectified-flow checkpoints, which integrate from 1e-3 to 1.
 """
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -32,7 +31,7 @@ def label_of_t(t):
     return LABEL_SCALE * tau_of_t(t)
 
 
-def uniform_boundaries(k: int) -> Float[np.ndarray, "k+1"]:
+def uniform_boundaries(k: int) -> Float[np.ndarray, "{k}+1"]:
     """Boundaries 1 = b_0 > b_1 > ... > b_k = 0 of k equal segments, in t.
 
     Raises:
@@ -43,7 +42,7 @@ def uniform_boundaries(k: int) -> Float[np.ndarray, "k+1"]:
     return np.linspace(1.0, 0.0, k + 1, dtype=np.float32)
 
 
-def checked_boundaries(boundaries) -> Float[np.ndarray, "k+1"]:
+def checked_boundaries(boundaries) -> Float[np.ndarray, "k_plus_1"]:
     """`boundaries` as float32, once it is known that they fall from exactly 1 to exactly 0.
 
     Raises:
@@ -68,28 +67,27 @@ def steps_per_segment(num_scales: int, k: int) -> list[int]:
     return [num_scales // k + (i < num_scales % k) for i in range(k)]
 
 
-@dataclasses.dataclass(frozen=True)
-class StepGrid:
+class StepGrid(NamedTuple):
     """The N steps of a fixed-grid sampler, from noise to data.
 
     Attributes:
       t_from, t_to: [N] start and end of each step, in t; `t_from[n] > t_to[n]`.
-      index: [N] the segment, and so the time-embedding head, that the whole step belongs to.
+      head: [N] the segment, and so the time-embedding head, that the whole step belongs to.
       opens: [N] True where a step is the first of its segment.
     """
 
     t_from: Float[Array, "n"]
     t_to: Float[Array, "n"]
-    index: Int[Array, "n"]
+    head: Int[Array, "n"]
     opens: Bool[Array, "n"]
 
     @property
-    def ts(self) -> Float[Array, "n+1"]:
+    def ts(self) -> Float[Array, "n_plus_1"]:
         """The times of the N + 1 states, from 1 to 0."""
         return jnp.concatenate([self.t_from, self.t_to[-1:]])
 
 
-def step_grid(boundaries: Float[Array | np.ndarray, "k+1"], num_scales: int) -> StepGrid:
+def step_grid(boundaries: Float[Array | np.ndarray, "k_plus_1"], num_scales: int) -> StepGrid:
     """The steps of design.md section 3: `steps_per_segment`, uniform inside a segment.
 
     Raises:
@@ -106,12 +104,12 @@ def step_grid(boundaries: Float[Array | np.ndarray, "k+1"], num_scales: int) -> 
     return StepGrid(
         t_from=start + length * (place / share),
         t_to=jnp.where(last, boundaries[index + 1], start + length * ((place + 1) / share)),
-        index=jnp.asarray(index, jnp.int32),
+        head=jnp.asarray(index, jnp.int32),
         opens=jnp.asarray(place == 0),
     )
 
 
-def step_grid_of_times(boundaries: Float[Array | np.ndarray, "k+1"], ts) -> StepGrid:
+def step_grid_of_times(boundaries: Float[Array | np.ndarray, "k_plus_1"], ts) -> StepGrid:
     """The grid with the given N + 1 step times, which must contain every boundary (host values, not traced).
 
     Raises:
@@ -125,9 +123,6 @@ def step_grid_of_times(boundaries: Float[Array | np.ndarray, "k+1"], ts) -> Step
     return StepGrid(
         t_from=jnp.asarray(ts[:-1]),
         t_to=jnp.asarray(ts[1:]),
-        index=jnp.asarray(index, jnp.int32),
+        head=jnp.asarray(index, jnp.int32),
         opens=jnp.asarray(np.isin(ts[:-1], boundaries)),
     )
-
-
-jax.tree_util.register_dataclass(StepGrid, ["t_from", "t_to", "index", "opens"], [])

@@ -1,0 +1,341 @@
+"""Samplers: dx/dtau = v(x, tau) from noise to data, segment by segment, on the device; and how straight they ran.
+
+diffrax does the stepping. Ours are the segments, the exact count of network calls, the trajectories and the measures
+of design.md section 5.
+"""
+
+import os
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import segments
+from utils import InputError
+
+SOLVERS = {
+    "dopri5": diffrax.Dopri5,
+    "tsit5": diffrax.Tsit5,
+    "bosh3": diffrax.Bosh3,
+    "heun": diffrax.Heun,
+    "midpoint": diffrax.Midpoint,
+    "ralston": diffrax.Ralston,
+}
+PREDICTORS = {"rf_solver": diffrax.Euler, "rf_solver_heun": diffrax.Heun} | SOLVERS
+METHODS = ("ode", "pc")
+ERROR_NORMS = ("batch", "sample")
+# Past this many steps in one segment the tolerance is out of float32's reach: the samples become NaN, for the caller
+# to see, rather than the solve endless.
+MAX_STEPS = 16_384
+TRAJECTORY_POINTS = 128  # of an adaptive solve, at least, over all segments
+
+
+class Samples(NamedTuple):
+    """What a solve returns.
+
+    Attributes:
+      x: [B, ...] the state at the last boundary (t = 0: the samples). NaN where an adaptive solve could not reach
+        its tolerance.
+      nfe: integer scalar, the network calls made for this batch: rejected steps and the choice of the first step
+        included.
+      nfe_each: [B] the calls that each image asked for (`error_norm="sample"`: its own steps; else all equal nfe).
+      ts: [n] the times of the trajectory, from 1 to 0; None unless saved.
+      xs: [n, B, ...] its states; None unless saved. Of an adaptive solve they are the solver's own interpolation on
+        times uniform in each segment, which costs no network call.
+    """
+
+    x: Float[Array, "b *image"]
+    nfe: Int[Array, ""]
+    nfe_each: Int[Array, "b"]
+    ts: Float[Array, "n"] | None = None
+    xs: Float[Array, "n b *image"] | None = None
+
+
+def solve(
+    velocity,
+    x: Float[Array, "b *image"],
+    boundaries,
+    *,
+    method: str,
+    tol: float | None = None,
+    num_scales: int | None = None,
+    predictor: str | None = None,
+    save_trajectory: bool = False,
+    solver: str = "dopri5",
+    error_norm: str = "batch",
+    time_grid=None,
+) -> Samples:
+    """Carries noise x at t = 1 through every segment to t = 0 (design.md section 5). Works under jit and pmap.
+
+    Args:
+      velocity: (x [B, ...], t [B] in [0, 1], index [B] int32) -> dx/dtau [B, ...].
+      x: the noise.
+      boundaries: [k + 1] in t, falling from 1 to 0.
+      method: "ode", adaptive steps with rtol = atol = `tol` by `solver`, or "pc", `num_scales` fixed steps of
+        `predictor` ("rf_solver" is Euler, "rf_solver_heun" is Heun, or a solver's name).
+      save_trajectory: also return the states on the way.
+      error_norm: "batch", one step size for all of x (SciPy's RK45 on the flattened batch), or "sample", one for
+        each image.
+      time_grid: [num_scales + 1] times for "pc" that contain the boundaries; None: uniform inside a segment.
+
+    Raises:
+      ValueError: an unknown name, a missing tol, predictor or num_scales, num_scales < k.
+      InputError: a trajectory that would not fit into memory; the message has its size.
+    """
+    boundaries = jnp.asarray(boundaries, jnp.float32)
+    if method == "ode":
+        return _solve_adaptive(velocity, x, boundaries, tol, solver, error_norm, save_trajectory)
+    if method != "pc":
+        raise ValueError(f"unknown sampling method {method!r}; use one of {', '.join(METHODS)}")
+    if num_scales is None:
+        raise ValueError("method 'pc' needs num_scales, the number of its steps")
+    if time_grid is None:
+        grid = segments.step_grid(boundaries, num_scales)
+    else:
+        grid = segments.step_grid_of_times(boundaries, time_grid)
+    return _solve_fixed(velocity, x, grid, _named(PREDICTORS, predictor or "rf_solver", "predictor"), save_trajectory)
+
+
+def solve_segment(
+    velocity,
+    x: Float[Array, "b *image"],
+    t_start,
+    t_end,
+    index,
+    *,
+    method: str = "ode",
+    tol: float | None = None,
+    solver: str = "dopri5",
+    error_norm: str = "batch",
+) -> Samples:
+    """Solves one segment adaptively, from t_start down to t_end with head `index` (scalars, may be traced).
+
+    Pair generation calls it: one compiled program serves every segment. Arguments and errors as `solve`.
+    """
+    if method != "ode":
+        raise ValueError(f"pairs are solved with adaptive steps: sampling.method='ode', got {method!r}")
+    times = jnp.stack([jnp.asarray(t_start, jnp.float32), jnp.asarray(t_end, jnp.float32)])
+    adaptive = _adaptive_segment_solver(velocity, tol, solver, error_norm, points=None)
+    x, (nfe, nfe_each, _) = adaptive(x, (times[0], times[1], jnp.asarray(index, jnp.int32)))
+    return Samples(x=x, nfe=nfe, nfe_each=nfe_each)
+
+
+def _named(table, name, what):
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; use one of {', '.join(table)}")
+    return table[name]()
+
+
+def _ode_term(velocity, index):
+    """The right-hand side for diffrax, in tau, with this segment's head."""
+
+    def vector_field(tau, x, _):
+        t = jnp.full(x.shape[:1], segments.t_of_tau(tau), jnp.float32)
+        return velocity(x, t, jnp.full(x.shape[:1], index, jnp.int32))
+
+    return diffrax.ODETerm(vector_field)
+
+
+def _is_fsal(solver) -> bool:
+    """Whether a step's last slope is the next step's first, and so costs nothing there."""
+    return isinstance(solver, diffrax.AbstractRungeKutta) and solver.tableau.fsal
+
+
+def _calls_per_step(solver) -> int:
+    stages = solver.tableau.num_stages if isinstance(solver, diffrax.AbstractRungeKutta) else 1
+    return stages - _is_fsal(solver)
+
+
+# --- fixed grid -------------------------------------------------------------------------------------------------------
+
+
+def _solve_fixed(velocity, x, grid: segments.StepGrid, solver, save_trajectory) -> Samples:
+    if save_trajectory:
+        _refuse_oversized_trajectory(grid.head.size + 1, x)
+
+    def step(carry, now):
+        x, solver_state = carry
+        tau_from, tau_to = segments.tau_of_t(now.t_from), segments.tau_of_t(now.t_to)
+        term = _ode_term(velocity, now.head)
+        # A segment's first step is a jump for diffrax: the slope kept from the last segment had another head.
+        x, _, _, solver_state, _ = solver.step(term, tau_from, tau_to, x, None, solver_state, now.opens)
+        return (x, solver_state), (x if save_trajectory else None)
+
+    first = solver.init(_ode_term(velocity, grid.head[0]), segments.EPS, 1.0, x, None)
+    (end, _), states = jax.lax.scan(step, (x, first), grid)
+    # Counted from shapes alone, so that it is right whatever the times are; the slope that an FSAL solver keeps is
+    # computed anew once a segment.
+    nfe = jnp.int32(_calls_per_step(solver) * grid.head.size) + _is_fsal(solver) * jnp.sum(grid.opens, dtype=jnp.int32)
+    if not save_trajectory:
+        return Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe))
+    xs = jnp.concatenate([x[None], states])
+    return Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe), ts=grid.ts, xs=xs)
+
+
+# --- adaptive ---------------------------------------------------------------------------------------------------------
+
+
+def _solve_adaptive(velocity, x, boundaries, tol, solver, error_norm, save_trajectory) -> Samples:
+    k = boundaries.size - 1
+    points = -(-TRAJECTORY_POINTS // k) if save_trajectory else None
+    if save_trajectory:
+        _refuse_oversized_trajectory(k * points + 1, x)
+    segment_solver = _adaptive_segment_solver(velocity, tol, solver, error_norm, points)
+    spans = (boundaries[:-1], boundaries[1:], jnp.arange(k, dtype=jnp.int32))
+    end, (nfe, nfe_each, states) = jax.lax.scan(segment_solver, x, spans)
+    samples = Samples(x=end, nfe=jnp.sum(nfe), nfe_each=jnp.sum(nfe_each, axis=0))
+    if not save_trajectory:
+        return samples
+    xs = jnp.concatenate([x[None], states.reshape(k * points, *x.shape)])
+    return samples._replace(ts=segments.step_grid(boundaries, k * points).ts, xs=xs)
+
+
+def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
+    """A scan body: (x, (t_start, t_end, index)) -> (x at t_end, (nfe, nfe_each, states [points, B, ...] or None))."""
+    if tol is None or not tol > 0:
+        raise ValueError(f"method 'ode' needs a tolerance tol > 0, got {tol}")
+    if error_norm not in ERROR_NORMS:
+        raise ValueError(f"unknown error_norm {error_norm!r}; use one of {', '.join(ERROR_NORMS)}")
+    solver = _named(SOLVERS, solver, "solver")
+
+    def batch(term, x, f0, taus):
+        return _integrate(term, solver, x, f0, taus, tol)
+
+    def each(term, x, f0, taus):
+        # A batch of one image under vmap: the network still sees whole batches, the controller one image at a time.
+        def one(x, f0):
+            return _integrate(term, solver, x[None], f0[None], taus, tol)
+
+        end, steps, states = jax.vmap(one)(x, f0)
+        return end[:, 0], steps, (None if states is None else jnp.moveaxis(states[:, :, 0], 0, 1))
+
+    def segment(x, span):
+        t_start, t_end, index = span
+        term = _ode_term(velocity, index)
+        tau_start, tau_end = segments.tau_of_t(t_start), segments.tau_of_t(t_end)
+        taus = (tau_start, tau_end, points)
+        # An FSAL solver is handed its first slope: left to itself it would compute it anew at every rejected first
+        # step, and nobody could count the calls.
+        f0 = term.vf(tau_start, x, None) if _is_fsal(solver) else jnp.zeros_like(x)
+        end, steps, states = (each if error_norm == "sample" else batch)(term, x, f0, taus)
+        fixed = 2 + _is_fsal(solver)  # two calls choose the first step's size
+        nfe_each = jnp.broadcast_to(fixed + _calls_per_step(solver) * steps, x.shape[:1])
+        return end, (jnp.max(nfe_each), nfe_each, states)
+
+    return segment
+
+
+def _integrate(term, solver, x, f0, taus, tol):
+    """One adaptive solve with SciPy RK45's step control: (end, number of steps, states at `points` times or None)."""
+    tau_start, tau_end, points = taus
+    saveat = diffrax.SaveAt(t1=True)
+    if points is not None:
+        inner = tau_start + (tau_end - tau_start) * (jnp.arange(1, points) / points)
+        saveat = diffrax.SaveAt(ts=inner, t1=True)
+    solution = diffrax.diffeqsolve(
+        term,
+        solver,
+        t0=tau_start,
+        t1=tau_end,
+        dt0=None,
+        y0=x,
+        saveat=saveat,
+        solver_state=(jnp.array(False), f0) if _is_fsal(solver) else None,
+        stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol, safety=0.9, factormin=0.2, factormax=10.0),
+        adjoint=diffrax.ForwardMode(),
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    end = jnp.where(diffrax.is_successful(solution.result), solution.ys[-1], jnp.nan)
+    return end, solution.stats["num_steps"], (None if points is None else solution.ys)
+
+
+def _refuse_oversized_trajectory(states: int, x):
+    """Raises InputError, before anything is solved, when states x B x ... values exceed half of the memory."""
+    needed = states * x.size * x.dtype.itemsize
+    available = _memory_bytes()
+    if needed > available / 2:
+        raise InputError(
+            f"a trajectory of {states} states of shape {tuple(x.shape)} takes {needed / 1e9:.1f} GB, more than half of "
+            f"the {available / 1e9:.1f} GB of memory; lower eval.batch_size or model.num_scales"
+        )
+
+
+def _memory_bytes() -> int:
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+class Straightness(NamedTuple):
+    """How far trajectories are from straight, as a mean over the batch of sums over pixels; 0 is straight.
+
+    Attributes:
+      total: S = integral over t in [0, 1] of E || (x_1 - x_0) - dx/dt ||^2 dt.
+      sequential: the same with, in each segment, that segment's own displacement over its length in t.
+      ts: [n] the n times between which the curves hold.
+      curve, sequential_curve: [n - 1] the two integrands, constant between two times.
+    """
+
+    total: Float[Array, ""]
+    sequential: Float[Array, ""]
+    ts: Float[Array, "n"]
+    curve: Float[Array, "n-1"]
+    sequential_curve: Float[Array, "n-1"]
+
+
+def straightness(ts: Float[Array, "n"], xs: Float[Array, "n b *image"], boundaries) -> Straightness:
+    """Straightness of the piecewise linear trajectories through `xs` (design.md section 5), over any segments.
+
+    Exact for Euler's trajectories, whose steps are straight; for an adaptive solve it is as fine as its states are
+    dense. The boundaries need not be among `ts`.
+
+    Args:
+      ts: times falling from 1 to 0, not necessarily uniform.
+      xs: the states at those times.
+      boundaries: [k + 1] in t, of the segments to measure over.
+    """
+    boundaries = jnp.asarray(boundaries, jnp.float32)
+    lengths = ts[:-1] - ts[1:]
+    per_time = jax.vmap(lambda start, end, x_start, x_end: (x_start - x_end) / (start - end))
+    chords = per_time(boundaries[:-1], boundaries[1:], *_between(ts, xs, boundaries))
+    # overlap[n, i]: how long step n runs inside segment i. A step across a boundary belongs to both.
+    overlap = jnp.minimum(ts[:-1, None], boundaries[:-1]) - jnp.maximum(ts[1:, None], boundaries[1:])
+    overlap = jnp.maximum(overlap, 0.0)
+
+    def mean_square(difference):
+        return jnp.sum(difference**2) / xs.shape[1]
+
+    def step(_, now):
+        slope = (now["from"] - now["to"]) / now["length"]
+        per_segment = jax.lax.map(lambda chord: mean_square(chord - slope), chords)
+        return None, (mean_square(xs[0] - xs[-1] - slope), jnp.sum(now["overlap"] * per_segment) / now["length"])
+
+    steps = {"from": xs[:-1], "to": xs[1:], "length": lengths, "overlap": overlap}
+    _, (curve, sequential_curve) = jax.lax.scan(step, None, steps)
+    return Straightness(
+        total=jnp.sum(curve * lengths),
+        sequential=jnp.sum(sequential_curve * lengths),
+        ts=ts,
+        curve=curve,
+        sequential_curve=sequential_curve,
+    )
+
+
+def _between(ts, xs, times):
+    """The states at the starts and at the ends of the segments between `times`, on the piecewise linear path."""
+    after = jnp.clip(jnp.searchsorted(-ts, -times), 1, ts.size - 1)
+    share = (ts[after - 1] - times) / (ts[after - 1] - ts[after])
+    share = share.reshape(-1, *[1] * (xs.ndim - 1))
+    # Written so that a share of exactly 0 or 1 gives a saved state, bit for bit.
+    states = (1 - share) * xs[after - 1] + share * xs[after]
+    return states[:-1], states[1:]
+
+
+def truncation_error(x: Float[Array, "b *image"], exact: Float[Array, "b *image"]) -> Float[Array, ""]:
+    """Global truncation error: RMS over pixels and batch of a sample and the same noise solved at tolerance 1e-6."""
+    return jnp.sqrt(jnp.mean((x - exact) ** 2))

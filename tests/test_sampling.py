@@ -1,0 +1,153 @@
+"""Behaviour of the samplers; their mathematics against closed forms and SciPy is in test_sampling_scipy.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sampling
+import segments
+from utils import InputError
+
+NOISE = jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
+
+
+def curved(x, t, index):
+    """A flow whose every segment differs, so that a wrong head or time shows."""
+    t = t[:, None, None, None]
+    return jnp.cos(3 * t) * x + (1.0 + index[:, None, None, None])
+
+
+def straight(x, t, index):
+    return jnp.broadcast_to(jnp.float32([2.0, -1.0, 0.5, 3.0])[index][:, None, None, None], x.shape)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ode", {"tol": 1e-4}),
+        ("ode", {"tol": 1e-4, "error_norm": "sample"}),
+        ("pc", {"num_scales": 7, "predictor": "rf_solver"}),
+        ("pc", {"num_scales": 7, "predictor": "rf_solver_heun"}),
+        ("pc", {"num_scales": 7, "predictor": "bosh3"}),
+    ],
+)
+def test_trajectory_begins_with_the_noise_ends_with_the_sample_and_changes_nothing(method, options):
+    boundaries = np.float32([1.0, 0.7, 0.2, 0.0])
+    plain = sampling.solve(curved, NOISE, boundaries, method=method, **options)
+    saved = sampling.solve(curved, NOISE, boundaries, method=method, save_trajectory=True, **options)
+    assert plain.ts is None
+    assert plain.xs is None
+    np.testing.assert_array_equal(saved.xs[0], NOISE)
+    np.testing.assert_allclose(saved.xs[-1], saved.x, atol=1e-6)
+    np.testing.assert_allclose(saved.x, plain.x, atol=1e-6)
+    assert int(saved.nfe) == int(plain.nfe)
+    assert saved.xs.shape == (saved.ts.size, *NOISE.shape)
+    assert saved.ts[0] == 1.0
+    assert saved.ts[-1] == 0.0
+    assert np.all(np.diff(saved.ts) < 0)
+    assert np.isin(boundaries, np.asarray(saved.ts)).all()
+
+
+def test_jit_and_pmap_give_what_eager_gives():
+    def sampler(x):
+        return sampling.solve(curved, x, segments.uniform_boundaries(2), method="ode", tol=1e-4)
+
+    eager = sampler(NOISE)
+    jitted = jax.jit(sampler)(NOISE)
+    devices = jax.local_device_count()
+    sharded = jax.pmap(sampler)(jnp.stack([NOISE] * devices))
+    np.testing.assert_allclose(jitted.x, eager.x, atol=1e-5)
+    for d in range(devices):
+        np.testing.assert_allclose(sharded.x[d], eager.x, atol=1e-5)
+        assert sharded.nfe[d] == eager.nfe
+
+
+def test_euler_on_a_piecewise_straight_flow_is_exact():
+    boundaries = np.float32([1.0, 0.6, 0.5, 0.1, 0.0])
+    samples = sampling.solve(straight, NOISE, boundaries, method="pc", num_scales=4, save_trajectory=True)
+    taus = segments.tau_of_t(boundaries.astype(np.float64))
+    expected = np.asarray(NOISE) + np.dot([2.0, -1.0, 0.5, 3.0], np.diff(taus))
+    np.testing.assert_allclose(samples.x, expected, atol=1e-6)
+    measured = sampling.straightness(samples.ts, samples.xs, boundaries)
+    assert measured.sequential < 1e-6
+    assert measured.total > 0.1
+
+
+def test_straightness_over_boundaries_that_fall_between_the_states():
+    ts = jnp.float32([1.0, 0.8, 0.3, 0.0])
+    xs = jnp.array([[[1.0]], [[0.8]], [[0.3]], [[0.0]]])
+    measured = sampling.straightness(ts, xs, [1.0, 0.5, 0.0])
+    assert measured.total < 1e-10
+    assert measured.sequential < 1e-10
+    kinked = xs.at[1].add(0.5)
+    measured = sampling.straightness(ts, kinked, [1.0, 0.5, 0.0])
+    slopes = np.diff(np.asarray(kinked)[:, 0, 0]) / np.diff(np.asarray(ts))
+    lengths = -np.diff(np.asarray(ts))
+    assert measured.total == pytest.approx(np.sum(lengths * (1.0 - slopes) ** 2), rel=1e-5)
+    middle = 0.3 + (0.5 - 0.3) / 0.5 * (1.3 - 0.3)
+    chords = np.array([(1.0 - middle) / 0.5, middle / 0.5])
+    by_hand = 0.2 * (chords[0] - slopes[0]) ** 2 + 0.3 * (chords[0] - slopes[1]) ** 2
+    by_hand += 0.2 * (chords[1] - slopes[1]) ** 2 + 0.3 * (chords[1] - slopes[2]) ** 2
+    assert measured.sequential == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_each_image_controls_its_own_steps():
+    # Under "sample" the network sees one image at a time, so its stiffness must come from the image itself.
+    def stiff_by_size(x, t, index):
+        return -jnp.mean(x**2, axis=(1, 2, 3), keepdims=True) * x
+
+    noise = NOISE * jnp.float32([0.1, 6.0, 0.1, 0.1])[:, None, None, None]
+    samples = sampling.solve(stiff_by_size, noise, [1.0, 0.0], method="ode", tol=1e-4, error_norm="sample")
+    assert samples.nfe_each[1] > 2 * samples.nfe_each[0]
+    assert samples.nfe == jnp.max(samples.nfe_each)
+    alone = sampling.solve(stiff_by_size, noise[:1], [1.0, 0.0], method="ode", tol=1e-4)
+    np.testing.assert_allclose(samples.x[:1], alone.x, atol=1e-6)
+    assert samples.nfe_each[0] == alone.nfe
+
+
+def test_time_grid_is_followed():
+    grid = np.float32([1.0, 0.9, 0.5, 0.0])
+    seen = sampling.solve(
+        curved, NOISE, [1.0, 0.5, 0.0], method="pc", num_scales=3, time_grid=grid, save_trajectory=True
+    )
+    np.testing.assert_array_equal(seen.ts, grid)
+    with pytest.raises(ValueError, match="miss the segment boundaries"):
+        sampling.solve(curved, NOISE, [1.0, 0.4, 0.0], method="pc", num_scales=3, time_grid=grid)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "unknown sampling method 'magic'"),
+        ({"method": "ode"}, "tolerance"),
+        ({"method": "ode", "tol": 1e-3, "solver": "euler"}, "unknown solver 'euler'"),
+        ({"method": "ode", "tol": 1e-3, "error_norm": "pixel"}, "unknown error_norm"),
+        ({"method": "pc"}, "num_scales"),
+        ({"method": "pc", "num_scales": 1}, "use num_scales >= 2"),
+        ({"method": "pc", "num_scales": 4, "predictor": "rk4"}, "unknown predictor 'rk4'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.solve(curved, NOISE, [1.0, 0.5, 0.0], **options)
+
+
+def test_a_trajectory_too_large_for_memory_is_refused_before_the_solve():
+    huge = jax.ShapeDtypeStruct((1_000_000, 256, 256, 3), jnp.float32)
+    with pytest.raises(InputError, match="GB"):
+        jax.eval_shape(
+            lambda x: sampling.solve(curved, x, [1.0, 0.0], method="ode", tol=1e-3, save_trajectory=True), huge
+        )
+
+
+def test_an_unreachable_tolerance_gives_nan_not_an_endless_solve():
+    def explosive(x, t, index):
+        return x**2 + 100.0
+
+    samples = jax.jit(lambda x: sampling.solve(explosive, x, [1.0, 0.0], method="ode", tol=1e-5))(NOISE)
+    assert np.isnan(np.asarray(samples.x)).all()
+
+
+def test_truncation_error_is_the_root_mean_square():
+    assert sampling.truncation_error(jnp.zeros((2, 2)), jnp.float32([[1, 1], [1, 3]])) == pytest.approx(np.sqrt(3))
