@@ -1,0 +1,369 @@
+"""Images in: the data sets, and the one stream of training batches that serves them all.
+
+A data set is an `ImageSource`: uint8 images in a fixed order, and a shuffled pass over its records. Training reads the
+endless stream of its passes: the update s uses the images s B to (s + 1) B - 1 of the stream, whoever reads it, on
+however many hosts and devices; so a run that resumes, or moves to another machine, goes on with the same batches.
+"""
+
+import abc
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int, UInt8
+
+from utils import InputError
+
+SHUFFLE_BYTES = 2**28  # encoded records held to be shuffled; all of CIFAR-10, a tenth of LSUN church
+READ_BYTES = 2**23  # of a file at a time, as TFDS reads it
+PREFETCH = 2  # batches made ahead, each of n_jitted_steps updates
+
+# data.dataset -> the name in TFDS, the side of the central square kept (None: the shorter side)
+TFDS_SETS = {"CIFAR10": ("cifar10", None), "CELEBA": ("celeb_a", 140), "LSUN": ("lsun/{category}", None)}
+
+
+def tensorflow_on_cpu():
+    """The tensorflow module, kept off the GPU, whose memory it would take from JAX."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def scale(
+    images: UInt8[np.ndarray, "*batch height width channels"], centered: bool
+) -> Float[np.ndarray, "*batch height width channels"]:
+    """What the model sees of uint8 images: float32 in [-1, 1] if `centered`, else in [0, 1]."""
+    return _centered(images.astype(np.float32) / np.float32(255), centered)
+
+
+def unscale(
+    x: Float[np.ndarray, "*batch height width channels"], centered: bool
+) -> Float[np.ndarray, "*batch height width channels"]:
+    """The inverse of `scale` as float32 in [0, 1]; what lies outside the data's range is clipped."""
+    x = np.asarray(x, np.float32)
+    return np.clip((x + 1) / 2 if centered else x, 0, 1)
+
+
+def _centered(unit, centered):
+    """[0, 1] to the model's range; for NumPy and TensorFlow alike."""
+    return unit * 2 - 1 if centered else unit
+
+
+def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:
+    """scikit-learn's handwritten digits, values 0..16 stretched to 0..255, and their labels 0..9."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    return images, labels.astype(np.int64)
+
+
+class ImageSource(abc.ABC):
+    """A data set's training images.
+
+    Attributes:
+      name: what the data set is called, with its version.
+      identity: everything that decides the values and the order of the images, for the keys of caches.
+      size: how many images there are.
+      image_shape: (height, width, channels).
+    """
+
+    name: str
+    identity: str
+    size: int
+    image_shape: tuple[int, int, int]
+
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "count height width channels"]:
+        """The images at positions start..start+count-1, modulo `size`, in the data set's fixed order; not flipped.
+
+        Raises:
+          ValueError: `start` or `count` is negative.
+          InputError: the files are damaged, or an image is smaller than the crop.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"start = {start} and count = {count} must not be negative")
+        parts = [np.empty((0, *self.image_shape), np.uint8)]
+        while count > 0:
+            first = start % self.size
+            part = self._read(first, min(first + count, self.size))
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    @abc.abstractmethod
+    def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "count height width channels"]:
+        """The images start..stop-1, 0 <= start < stop <= size."""
+
+    @abc.abstractmethod
+    def shuffled(self, seed):
+        """A tf.data.Dataset: the `size` records once, still encoded, in the order of `seed` (int64 tensor [2])."""
+
+    @abc.abstractmethod
+    def image(self, record):
+        """The image of one record, a uint8 tensor `image_shape`, as `read` gives it."""
+
+
+class ArraySource(ImageSource):
+    """Images in memory, [size, height, width, channels] uint8."""
+
+    def __init__(self, name: str, images: UInt8[np.ndarray, "size height width channels"]):
+        self.name, self._images = name, images
+        self.size, *shape = images.shape
+        self.image_shape = tuple(shape)
+        self.identity = f"{name} {images.shape}"
+
+    def _read(self, start, stop):
+        return self._images[start:stop]
+
+    def shuffled(self, seed):
+        tf = tensorflow_on_cpu()
+        records = tf.data.Dataset.from_tensor_slices(self._images)
+        return records.shuffle(self.size, seed=seed[0], reshuffle_each_iteration=False)
+
+    def image(self, record):
+        return record
+
+
+class TfdsSource(ImageSource):
+    """The split 'train' of a data set that TFDS has prepared.
+
+    Args:
+      builder: a `tfds.core.DatasetBuilder` whose files are on disk.
+      crop: side of the central square that is kept; None for the image's shorter side.
+      image_size: the side that the square is resized to.
+    """
+
+    def __init__(self, builder, crop: int | None, image_size: int):
+        import tensorflow_datasets as tfds
+
+        self._builder, self._crop = builder, crop
+        self._split = builder.info.splits["train"]
+        self._features = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
+        self.name = builder.info.full_name
+        self.size = self._split.num_examples
+        self.image_shape = (image_size, image_size, builder.info.features["image"].shape[-1])
+        self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
+
+    def _read(self, start, stop):
+        import tensorflow_datasets as tfds
+
+        records = self._builder.as_dataset(
+            split=tfds.core.ReadInstruction("train", from_=start, to=stop, unit="abs"),
+            # Several files at a time would make the order depend on where the slice begins.
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+            decoders=tfds.decode.PartialDecoding({"image": True}),
+        )
+        images = records.map(lambda record: self._square(record["image"]), tensorflow_on_cpu().data.AUTOTUNE)
+        return np.stack(list(_numpy(images, self.name)))
+
+    def shuffled(self, seed):
+        tf = tensorflow_on_cpu()
+        files = [str(path) for path in self._split.filepaths]
+        open_file = functools.partial(tf.data.TFRecordDataset, buffer_size=READ_BYTES)
+        records = tf.data.Dataset.from_tensor_slices(files)
+        records = records.shuffle(len(files), seed=seed[0], reshuffle_each_iteration=False)
+        records = records.interleave(
+            open_file, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
+        held = min(self.size, max(1, SHUFFLE_BYTES * self.size // max(1, self._split.num_bytes)))
+        return records.shuffle(held, seed=seed[1], reshuffle_each_iteration=False)
+
+    def image(self, record):
+        return self._square(self._features.deserialize_example(record)["image"])
+
+    def _square(self, image):
+        """The central square of a uint8 image, resized without aliasing."""
+        if tuple(image.shape) == self.image_shape and self._crop is None:
+            return image
+        tf = tensorflow_on_cpu()
+        size = tf.shape(image)[:2]
+        side = tf.reduce_min(size) if self._crop is None else self._crop
+        assertion = tf.debugging.Assert(
+            tf.reduce_all(size >= side), [f"an image is smaller than the {self._crop} x {self._crop} crop:", size]
+        )
+        with tf.control_dependencies([assertion]):
+            top, left = tf.unstack((size - side) // 2)
+        square = image[top : top + side, left : left + side]
+        square = tf.image.resize(square, self.image_shape[:2], antialias=True)
+        return tf.ensure_shape(tf.saturate_cast(tf.round(square), tf.uint8), self.image_shape)
+
+
+def image_source(data) -> ImageSource:
+    """The training images that `config.data` names.
+
+    Never touches the network: what TFDS has not prepared is refused at once.
+
+    Raises:
+      InputError: an unknown data set, one that is not on disk or not complete there, or images of another kind than
+        the configuration says.
+    """
+    if data.dataset == "digits":
+        if data.image_size != 8:
+            raise InputError(f"data.image_size = {data.image_size}, but the digits are 8 x 8")
+        source = ArraySource("digits", digits()[0])
+    elif data.dataset in TFDS_SETS:
+        name, crop = TFDS_SETS[data.dataset]
+        if data.dataset == "LSUN" and not data.category:
+            raise InputError("data.dataset = LSUN needs data.category, for example church_outdoor or bedroom")
+        source = TfdsSource(_tfds_builder(name.format(category=data.category), data.data_dir), crop, data.image_size)
+    else:
+        known = ", ".join(["digits", *TFDS_SETS])
+        raise InputError(f"data.dataset = {data.dataset!r} is not known; it can be {known}")
+    if source.image_shape[-1] != data.num_channels:
+        raise InputError(
+            f"data.num_channels = {data.num_channels}, but the images of {source.name} have {source.image_shape[-1]}"
+        )
+    return source
+
+
+def _tfds_builder(name: str, data_dir: str):
+    """The builder of a data set that is on disk, found without the network.
+
+    Raises:
+      InputError: not there, or not complete.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    given = data_dir != "none"
+    folder = epath.Path(data_dir).expanduser() if given else epath.Path(tfds.core.constants.DATA_DIR)
+    argument = f", data_dir='{folder}'" if given else ""
+    remedy = f"""prepare it with: python -c "import tensorflow_datasets as tfds; tfds.load('{name}'{argument})\""""
+    try:
+        # tfds.builder and tfds.load would ask a cloud bucket about what they do not find, for minutes without network.
+        builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"the data set {name} is not in data.data_dir = {folder}; {remedy}") from None
+    info = builder.info
+    if "train" not in info.splits or not info.splits["train"].num_examples or "image" not in info.features:
+        raise InputError(f"the data set in {builder.data_dir} has no images in a split 'train'; {remedy}")
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise InputError(f"the data set in {builder.data_dir} is stored as {info.file_format.value}, not tfrecord")
+    missing = [path for path in info.splits["train"].filepaths if not epath.Path(path).exists()]
+    if missing:
+        raise InputError(f"the data set misses the file {missing[0]}; remove {builder.data_dir} and {remedy}")
+    return builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A host's place among those that share a batch: `index` of `count`, each with `local_devices` devices."""
+
+    index: int
+    count: int
+    local_devices: int
+
+    def share(self, batch_size: int) -> int:
+        """This host's images of a batch of `batch_size` over all hosts.
+
+        Raises:
+          InputError: the devices cannot share the batch equally.
+        """
+        devices = self.count * self.local_devices
+        if batch_size < 1 or batch_size % devices:
+            raise InputError(f"batch_size = {batch_size} cannot be shared by {devices} devices; use a multiple of it")
+        return batch_size // self.count
+
+
+def this_host() -> Host:
+    """The place that JAX gives this process."""
+    return Host(jax.process_index(), jax.process_count(), jax.local_device_count())
+
+
+def train_batches(
+    data, *, seed: int, batch_size: int, n_jitted_steps: int, start_step: int = 0, host: Host | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The endless batches of this host, from the update `start_step` on.
+
+    Every pass over the data is shuffled anew from (seed, pass); flips and dequantization noise follow from (seed,
+    update, place in the update). To reach `start_step`, less than one pass of records is skipped, not decoded.
+
+    Args:
+      data: `config.data`.
+      batch_size: images of one update, over all hosts.
+      n_jitted_steps: updates in one batch that is handed out.
+      start_step: updates already made; the batches are those that would have followed them.
+      host: whose share to read; None for this process.
+
+    Returns:
+      An iterator of {"image": float32 [local devices, n_jitted_steps, images of a device, height, width, channels]}, in
+      [-1, 1] if `data.centered`, else in [0, 1].
+
+    Raises:
+      InputError: as `image_source` and `Host.share`; while iterating, damaged files or images smaller than the crop.
+    """
+    host = host or this_host()
+    share = host.share(batch_size)
+    source = image_source(data)
+    tf = tensorflow_on_cpu()
+
+    stream = _stream(source, seed, start_step * batch_size)
+    if host.count > 1:
+        stream = stream.filter(lambda place, record: place % batch_size // share == host.index)
+    images = stream.map(lambda place, record: source.image(record), tf.data.AUTOTUNE, deterministic=True)
+    updates = images.batch(share, drop_remainder=True).enumerate(start_step)
+    prepared = functools.partial(_prepared, data, seed, batch_size, host.index * share)
+    updates = updates.map(prepared, tf.data.AUTOTUNE, deterministic=True)
+    batches = updates.batch(n_jitted_steps, drop_remainder=True)
+    batches = batches.map(functools.partial(_by_device, host.local_devices)).prefetch(PREFETCH)
+    return ({"image": batch} for batch in _numpy(batches, source.name))
+
+
+def _stream(source: ImageSource, seed: int, start: int):
+    """The endless tf.data.Dataset of (place in the stream, record), shuffled passes one after another, from `start`."""
+    tf = tensorflow_on_cpu()
+    first, skipped = divmod(start, source.size)
+
+    def one_pass(number):
+        seeds = tf.random.stateless_uniform([2], [seed, number], maxval=2**31 - 1, dtype=tf.int64)
+        return source.shuffled(seeds).skip(tf.where(number == first, tf.constant(skipped, tf.int64), 0))
+
+    return tf.data.Dataset.range(first, np.iinfo(np.int64).max).flat_map(one_pass).enumerate(start)
+
+
+def _prepared(data, seed: int, batch_size: int, first: int, update, images):
+    """A host's uint8 images of one update, flipped, dequantized and scaled as `data` says.
+
+    Everything is drawn for the whole batch from (seed, update), so that an image's share does not depend on which host
+    has it; the host's images are those from `first` on.
+    """
+    tf = tensorflow_on_cpu()
+    count, *shape = images.shape
+    if data.random_flip:
+        mirrored = tf.random.stateless_uniform([batch_size], [seed, 2 * update])[first : first + count] < 0.5
+        images = tf.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    levels = tf.cast(images, tf.float32)
+    if not data.uniform_dequantization:
+        return _centered(levels / 255, data.centered)
+    noise = tf.random.stateless_uniform([batch_size, *shape], [seed, 2 * update + 1])[first : first + count]
+    return _centered((levels + noise) / 256, data.centered)
+
+
+def _by_device(devices: int, batch):
+    """[steps, images, h, w, c] to [devices, steps, images / devices, h, w, c], the images of a step dealt in order."""
+    tf = tensorflow_on_cpu()
+    steps, images, *shape = batch.shape
+    return tf.transpose(tf.reshape(batch, [steps, devices, images // devices, *shape]), [1, 0, 2, 3, 4, 5])
+
+
+def _numpy(dataset, name: str) -> Iterator[np.ndarray]:
+    """The elements of a tf.data.Dataset as NumPy arrays, always in the same order.
+
+    Raises:
+      InputError: TensorFlow cannot read or decode an element.
+    """
+    tf = tensorflow_on_cpu()
+    options = tf.data.Options()
+    options.deterministic = True
+    unreadable = tf.errors.OpError  # looked up now: tf may be gone when a generator is closed at exit
+    try:
+        yield from dataset.with_options(options).as_numpy_iterator()
+    except unreadable as error:
+        without_graph_names = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", error.message, flags=re.DOTALL)
+        reason = " ".join(without_graph_names.split())
+        raise InputError(f"the data set {name} cannot be read: {reason}") from error
