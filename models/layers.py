@@ -1,0 +1,252 @@
+"""The layers of NCSN++ and DDPM++ ("Score-Based Generative Modeling through SDEs", Song et al., arXiv 2011.13456).
+
+Parameter names are those of the public PyTorch networks, so that a checkpoint maps onto them name by name
+(torch_checkpoint.py). Images are [batch, height, width, channels] throughout.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from models import resampling
+from models.resampling import Images
+from utils import InputError
+
+Embedding = Float[Array, "batch features"]
+
+NONLINEARITIES: dict[str, Callable] = {
+    "swish": nn.swish,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "lrelu": lambda x: nn.leaky_relu(x, 0.2),
+}
+
+
+def weight_init(scale: float = 1.0):
+    """Uniform with variance scale / mean(fan in, fan out). A scale of 0 means nearly zero, so that no layer is dead."""
+    return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+
+
+def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding=1) -> nn.Conv:
+    """A 3 x 3 convolution with bias."""
+    return nn.Conv(features, (3, 3), strides, padding, kernel_init=weight_init(scale), name=name)
+
+
+def conv1x1(features: int, name: str) -> nn.Conv:
+    """A 1 x 1 convolution with bias."""
+    return nn.Conv(features, (1, 1), kernel_init=weight_init(), name=name)
+
+
+def group_norm(channels: int, name: str) -> nn.GroupNorm:
+    """Group normalisation of groups of 4 channels, at most 32 groups.
+
+    Raises:
+      InputError: the groups do not divide the channels.
+    """
+    groups = min(channels // 4, 32)
+    if groups == 0 or channels % groups:
+        raise InputError(
+            f"config.model.nf and ch_mult make a layer of {channels} channels, which {groups} normalisation groups do "
+            "not divide; use an nf that is a multiple of 32, or of 4 while no layer has more than 128 channels"
+        )
+    return nn.GroupNorm(groups, epsilon=1e-6, name=name)
+
+
+def joined(x: Images, y: Images, rescale: bool) -> Images:
+    """The sum of two branches, divided by sqrt(2) with `rescale`, which keeps the variance."""
+    return (x + y) / math.sqrt(2) if rescale else x + y
+
+
+def positional_embedding(labels: Float[Array, "batch"], features: int) -> Embedding:
+    """Sines, then cosines, of `labels` at features // 2 frequencies, geometric from 1 to 1e-4."""
+    half = features // 2
+    frequencies = jnp.exp(-math.log(10_000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = labels[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Sines, then cosines, of log(label) at `features` random frequencies, which are drawn once and never trained.
+
+    They are kept in the parameter "W" because checkpoints store them; no gradient reaches them.
+    """
+
+    features: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, labels: Float[Array, "batch"]) -> Embedding:
+        frequencies = lax.stop_gradient(self.param("W", nn.initializers.normal(self.scale), (self.features,)))
+        angles = jnp.log(labels)[:, None] * frequencies * (2 * math.pi)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+class HeadedDense(nn.Module):
+    """A dense layer with `heads` sets of weights; `index` in [0, heads) picks each example's. One head: a plain layer.
+
+    Every head is computed for every example in one product and one is kept: a [batch, in, out] gather of weights would
+    cost far more memory than the k - 1 spare rows.
+    """
+
+    features: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Embedding, index: Int[Array, "batch"]) -> Embedding:
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=1, out_axis=2, batch_axis=0)
+        kernel = self.param("head_kernel", init, (self.heads, x.shape[1], self.features))
+        bias = self.param("head_bias", nn.initializers.zeros, (self.heads, self.features))
+        if self.heads == 1:
+            return x @ kernel[0] + bias[0]
+        every = jnp.einsum("bi,kio->bko", x, kernel) + bias
+        return jnp.take_along_axis(every, index[:, None, None], axis=1)[:, 0]
+
+
+class NIN(nn.Module):
+    """A dense layer over the channels ("network in network")."""
+
+    features: int
+    scale: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... features"]:
+        weight = self.param("W", weight_init(self.scale), (x.shape[-1], self.features))
+        return x @ weight + self.param("b", nn.initializers.zeros, (self.features,))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head, as a residual branch."""
+
+    init_scale: float
+    rescale: bool
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        batch, height, width, channels = x.shape
+        h = group_norm(channels, "GroupNorm_0")(x).reshape(batch, height * width, 1, channels)
+        query, key, value = (NIN(channels, name=f"NIN_{i}")(h) for i in range(3))
+        h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        return joined(x, NIN(channels, self.init_scale, name="NIN_3")(h), self.rescale)
+
+
+class Combine(nn.Module):
+    """Joins the input pyramid, brought to h's channels, to h: added ("sum") or in front of it ("cat")."""
+
+    method: str
+
+    @nn.compact
+    def __call__(self, pyramid: Images, h: Images) -> Images:
+        pyramid = conv1x1(h.shape[-1], "Conv_0")(pyramid)
+        return pyramid + h if self.method == "sum" else jnp.concatenate([pyramid, h], axis=-1)
+
+
+class ConvWeights(nn.Module):
+    """The kernel [3, 3, in, out] and the bias of a 3 x 3 convolution that the caller applies in its own way."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int):
+        kernel = self.param("kernel", weight_init(), (3, 3, channels, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+def _convolved(x: Images, kernel, *, strides=1, dilation=1, padding=0) -> Images:
+    return lax.conv_general_dilated(
+        x, kernel, (strides, strides), [(padding, padding)] * 2, (dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+class Upsample(nn.Module):
+    """Twice as large, with a 3 x 3 convolution to `features` channels where `with_conv`.
+
+    With a FIR kernel the convolution runs on the zero-inserted image, before the filter (StyleGAN2's order).
+    """
+
+    features: int
+    with_conv: bool
+    fir_kernel: tuple[float, ...] | None
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        if not self.with_conv:
+            return resampling.upsample(x, self.fir_kernel)
+        if self.fir_kernel is None:
+            return conv3x3(self.features, "Conv_0")(resampling.upsample(x, None))
+        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x.shape[-1])
+        x = _convolved(x, kernel, dilation=2, padding=2)
+        taps = 2 * resampling.normalized_taps(self.fir_kernel)
+        p = len(taps) - 4
+        return resampling.filter_images(x, taps, pad=((p + 1) // 2 + 1, p // 2 + 1)) + bias
+
+
+class Downsample(nn.Module):
+    """Half as large, with a 3 x 3 convolution to `features` channels where `with_conv`.
+
+    With a FIR kernel the image is filtered first, then convolved.
+    """
+
+    features: int
+    with_conv: bool
+    fir_kernel: tuple[float, ...] | None
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        if not self.with_conv:
+            return resampling.downsample(x, self.fir_kernel)
+        if self.fir_kernel is None:
+            return conv3x3(self.features, "Conv_0", strides=2, padding=((0, 1), (0, 1)))(x)
+        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x.shape[-1])
+        p = len(self.fir_kernel)
+        x = resampling.filter_images(x, resampling.normalized_taps(self.fir_kernel), pad=((p + 1) // 2, p // 2))
+        return _convolved(x, kernel, strides=2) + bias
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with the time embedding added between them, and a shortcut.
+
+    Attributes:
+      kind: "biggan" (resamples inside the block, 1 x 1 convolution as shortcut) or "ddpm" (NIN as shortcut).
+      resample: "up", "down" or None; "biggan" only.
+      fir_kernel: what `resample` filters with; None for nearest neighbour and averaging.
+      embedding_size: channels of the time embedding. A network without time still owns this layer's weights, as its
+        public checkpoints do, but does not use them.
+    """
+
+    features: int
+    kind: str
+    activation: str
+    dropout: float
+    init_scale: float
+    rescale: bool
+    embedding_size: int
+    resample: str | None = None
+    fir_kernel: Sequence[float] | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+        act, channels = NONLINEARITIES[self.activation], x.shape[-1]
+        h = act(group_norm(channels, "GroupNorm_0")(x))
+        if self.resample is not None:
+            resample = resampling.upsample if self.resample == "up" else resampling.downsample
+            h, x = resample(h, self.fir_kernel), resample(x, self.fir_kernel)
+        h = conv3x3(self.features, "Conv_0")(h)
+        dense = nn.Dense(self.features, kernel_init=weight_init(), name="Dense_0")
+        if embedding is not None:
+            h += dense(act(embedding))[:, None, None, :]
+        elif self.is_initializing():
+            dense(jnp.zeros((1, self.embedding_size), x.dtype))
+        h = act(group_norm(self.features, "GroupNorm_1")(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = conv3x3(self.features, "Conv_1", self.init_scale)(h)
+        if self.kind == "ddpm" and channels != self.features:
+            x = NIN(self.features, name="NIN_0")(x)
+        elif self.kind == "biggan" and (channels != self.features or self.resample is not None):
+            x = conv1x1(self.features, "Conv_2")(x)
+        return joined(x, h, self.rescale)
