@@ -1,0 +1,243 @@
+"""One pair file, reflow_batch_<i>.npz: written whole or not at all, read row by row in constant memory.
+
+The file is an ordinary npz whose members are stored, not compressed, so that a row lies at a known offset and one
+`pread` fetches it. Rows are not mapped into memory: a disk error is then an exception and not the end of the process,
+and what a reader holds does not depend on the size of the files.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+from etils import epath
+
+from utils import InputError, atomic_path
+
+CRC_BLOCK = 2**22  # bytes read at a time for a checksum
+LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field
+FILE_NAME = re.compile(r"reflow_batch_(\d+)\.npz")
+ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, RuntimeError)
+# What a file may hold: array -> (kind of its numbers, dimensions).
+ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
+KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2)}  # in place of x1, when noise is not stored
+
+
+class BrokenFile(InputError):
+    """A pair file is not what was written, or never was a pair file."""
+
+
+def file_name(number: int) -> str:
+    """The name of pair file `number` = 1, 2, ..."""
+    return f"reflow_batch_{number}.npz"
+
+
+def pair_file_numbers(folder) -> list[int]:
+    """The numbers of the pair files in `folder`, ascending; none if there is no such folder."""
+    folder = epath.Path(folder)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(match[1]) for name in names if (match := FILE_NAME.fullmatch(name)))
+
+
+def write_pairs(path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the pair file `path`, on the disk before it has its name. The bytes depend on `arrays` alone.
+
+    Raises:
+      OSError: no room, no permission; nothing is left behind.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+        if _is_local(path):  # else a crash of the machine could leave the name without the bytes
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """An array in the file: its type, and where its bytes lie if they are stored plainly in C order."""
+
+    info: zipfile.ZipInfo
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # of the member's bytes, NumPy's header included
+    header: int  # bytes of NumPy's header
+    plain: bool
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+
+class PairFile:
+    """An open pair file, whose structure has been checked and whose arrays have not been read.
+
+    Attributes:
+      count: pairs in the file.
+      image_shape: (H, W, C).
+      stores_noise: whether x1 is in the file, rather than what rebuilds it.
+      size: bytes of the file.
+      crc32: the checksum of every array, as the file states it.
+
+    Raises:
+      InputError: the file is missing or cannot be read.
+      BrokenFile: it is not a pair file, is cut off, or carries Python objects, which are never loaded.
+    """
+
+    def __init__(self, path):
+        self.path = epath.Path(path)
+        self._loaded = {}
+        try:
+            # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
+            self._file = io.FileIO(self.path) if _is_local(path) else self.path.open("rb")
+        except FileNotFoundError:
+            raise InputError(f"{self.path} is missing; run gen_reflow again, which makes what is not there") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
+        try:
+            with self._broken_unless_read():
+                self._read_structure()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; its rows can no longer be read."""
+        self._file.close()
+
+    def array(self, name: str) -> np.ndarray:
+        """The whole array `name`, from a file of whatever layout; NumPy checks its checksum on the way."""
+        with self._broken_unless_read(), zipfile.ZipFile(self._file) as archive, archive.open(f"{name}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+    def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """out[places] = the rows `rows` of array `name`, converted to the type of `out`; one read a row.
+
+        A compressed or remote file is loaded whole at the first call, and kept until it is closed.
+
+        Raises:
+          BrokenFile: the file has been cut off since it was opened.
+          InputError: the disk does not give the bytes.
+        """
+        member = self._members[name]
+        if not (member.plain and _is_local(self.path)):
+            if name not in self._loaded:
+                self._loaded[name] = self.array(name)
+            out[places] = self._loaded[name][rows]
+        elif out.dtype == member.dtype and out.flags.c_contiguous:
+            self._pread(member, rows, out, places)
+        else:
+            stored = np.empty((len(rows), *member.shape[1:]), member.dtype)
+            self._pread(member, rows, stored, np.arange(len(rows)))
+            out[places] = stored
+
+    def check_crc(self) -> None:
+        """Reads the whole file and compares the checksum of every array.
+
+        Raises:
+          BrokenFile: an array is not what was written; the message names it.
+        """
+        for name, member in self._members.items():
+            if not (member.plain and _is_local(self.path)):
+                self.array(name)
+            elif self._crc_of(member) != member.info.CRC:
+                raise self.broken(f"its array {name} has changed since it was written (CRC error)")
+
+    def _read_structure(self):
+        with zipfile.ZipFile(self._file) as archive:
+            stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = ARRAYS if "x1" in stored else {name: ARRAYS[name] for name in ("x0", "t0", "t1")} | KEYED_ARRAYS
+            missing = [name for name in wanted if name not in stored]
+            if missing:
+                raise self.broken(f"it has no array {missing[0]}")
+            self._members = {name: self._member(archive, stored[name]) for name in wanted}
+        for name, (kind, dimensions) in wanted.items():
+            member = self._members[name]
+            if member.dtype.kind != kind or len(member.shape) != dimensions:
+                raise self.broken(f"its array {name} is {member.dtype} {list(member.shape)}")
+            if member.shape[0] != self._members["x0"].shape[0]:
+                raise self.broken(f"x0 and {name} have different lengths")
+        self.count, *shape = self._members["x0"].shape
+        if not self.count:
+            raise self.broken("it has no pairs")
+        self.image_shape = tuple(shape)
+        self.stores_noise = "x1" in wanted
+        if self.stores_noise and self._members["x1"].shape != (self.count, *shape):
+            raise self.broken("x0 and x1 have different shapes")
+        self.size = self._file.seek(0, os.SEEK_END)
+        self.crc32 = {name: member.info.CRC for name, member in self._members.items()}
+
+    def _member(self, archive, info):
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[version](stream)
+            header = stream.tell()
+        if dtype.hasobject:
+            raise self.broken(f"its array {info.filename} carries pickled Python objects, which are never loaded")
+        if header + dtype.itemsize * math.prod(shape) != info.file_size:
+            raise self.broken(f"its array {info.filename} has a length that its header does not say")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise self.broken(f"its array {info.filename} is compressed in a way that NumPy does not use")
+        self._file.seek(info.header_offset)
+        name_length, extra_length = LOCAL_HEADER.unpack(self._file.read(LOCAL_HEADER.size))
+        start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        plain = info.compress_type == zipfile.ZIP_STORED and not fortran
+        return _Member(info, dtype, shape, start, header, plain)
+
+    def _pread(self, member, rows, out, places):
+        size = member.row_bytes
+        flat = memoryview(out).cast("B")
+        first = member.start + member.header
+        descriptor = self._file.fileno()
+        try:
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                target = flat[place * size : (place + 1) * size]
+                if os.preadv(descriptor, [target], first + row * size) != size:
+                    raise self.broken("it has been cut off since it was opened")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
+
+    def _crc_of(self, member):
+        block = memoryview(bytearray(CRC_BLOCK))
+        crc, place, end = 0, member.start, member.start + member.info.file_size
+        with self._broken_unless_read():
+            while place < end:
+                got = os.preadv(self._file.fileno(), [block[: end - place]], place)
+                if not got:
+                    raise self.broken("it has been cut off since it was opened")
+                crc, place = zlib.crc32(block[:got], crc), place + got
+        return crc
+
+    def broken(self, reason):
+        return BrokenFile(
+            f"{self.path} is broken: {reason}; scripts/check_pairs.py --repair {self.path.parent} removes what is "
+            "broken, gen_reflow makes it again"
+        )
+
+    @contextlib.contextmanager
+    def _broken_unless_read(self):
+        """Names the file in every way that reading it can fail."""
+        try:
+            yield
+        except InputError:
+            raise
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
+        except ZIP_ERRORS as error:
+            raise self.broken(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _is_local(path):
+    return "://" not in os.fspath(path)
