@@ -1,0 +1,255 @@
+"""What a pair set is: the plan that decides every byte of it, and the manifest that says so beside the files.
+
+File i depends on the plan and on i alone. Its pairs take the images at positions (i - 1) file_size, ... of the data
+set's fixed order; a permutation from (seed, i) gives every segment an equal share of them, and pair j of the set draws
+its noise with the key (seed, j). Random numbers and starting points are made by NumPy, on the host, one pair at a
+time: they are the same bits on every machine and in every batch, so that a start that was not stored can be rebuilt.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, Int, UInt8, UInt32
+
+import pairfiles
+import segments
+from utils import InputError, atomic_path
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest and of how pairs follow from it
+DTYPES = ("float32", "float16")
+SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
+FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class PairPlan:
+    """Everything that a pair set depends on; `plan_pairs` makes one.
+
+    Attributes:
+      folder: where the set is.
+      boundaries: [k + 1] of the segments, in t, from 1 to 0.
+      pairs: in the whole set, of all segments together; a multiple of k.
+      file_size: pairs in every file but the last, which may be shorter; a multiple of k.
+      image_shape: (H, W, C).
+      dataset, dataset_size: the identity of the data set and how many images it has.
+      centered: the model's range is [-1, 1], else [0, 1].
+      flip: mirror images left to right with probability 1/2.
+      dequantize: add U[0, 1) to the 0..255 values, then divide by 256.
+      seed: what all noise, flips and shuffles follow from.
+      teacher: the fingerprint of the weights that solve the pairs.
+      tol, solver, error_norm: how they are solved.
+      dtype: "float32" or "float16", of stored images.
+      store_noise: False: x1 is not stored but rebuilt from (image, flip, key).
+    """
+
+    folder: epath.Path
+    boundaries: tuple[float, ...]
+    pairs: int
+    file_size: int
+    image_shape: tuple[int, int, int]
+    dataset: str
+    dataset_size: int
+    centered: bool
+    flip: bool
+    dequantize: bool
+    seed: int
+    teacher: str
+    tol: float
+    solver: str
+    error_norm: str
+    dtype: str
+    store_noise: bool
+
+    @property
+    def k(self) -> int:
+        """The number of segments."""
+        return len(self.boundaries) - 1
+
+    @property
+    def files(self) -> int:
+        """The number of files; they are numbered from 1."""
+        return math.ceil(self.pairs / self.file_size)
+
+    def count(self, number: int) -> int:
+        """The pairs in file `number`."""
+        return min(self.file_size, self.pairs - (number - 1) * self.file_size)
+
+    def path(self, number: int) -> epath.Path:
+        """Where file `number` is."""
+        return self.folder / pairfiles.file_name(number)
+
+    def file_bytes(self, number: int) -> int:
+        """The room that file `number` takes, at most."""
+        images = (2 if self.store_noise else 1) * math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
+        return self.count(number) * (images + SMALL_ARRAYS_BYTES[self.store_noise]) + FILE_OVERHEAD_BYTES
+
+    def definition(self) -> dict:
+        """What decides the bytes of the set, as the manifest has it: without the folder, in JSON's types."""
+        values = dataclasses.asdict(self) | {"k": self.k, "files": self.files, "format": FORMAT}
+        del values["folder"]
+        return json.loads(json.dumps(values))
+
+
+def plan_pairs(*, folder, boundaries, pairs: int, file_size: int, dtype: str, **rest) -> PairPlan:
+    """The plan for at least `pairs` pairs: `pairs` and `file_size` are rounded up to multiples of k.
+
+    Raises:
+      InputError: a number of pairs that is not positive, an unknown dtype.
+      ValueError: boundaries that are none.
+    """
+    boundaries = tuple(segments.checked_boundaries(boundaries).tolist())
+    k = len(boundaries) - 1
+    for name, value in (("training.n_reflow_data", pairs), ("training.reflow_file_size", file_size)):
+        if value < 1:
+            raise InputError(f"{name} = {value}, but there must be at least one pair")
+    if dtype not in DTYPES:
+        raise InputError(f"training.reflow_dtype = {dtype!r} is not known; it can be {' or '.join(DTYPES)}")
+    pairs = math.ceil(pairs / k) * k
+    file_size = min(pairs, math.ceil(file_size / k) * k)
+    return PairPlan(
+        folder=epath.Path(folder), boundaries=boundaries, pairs=pairs, file_size=file_size, dtype=dtype, **rest
+    )
+
+
+MANIFEST_ENTRIES = {"format", "complete", "k", "files"} | {field.name for field in dataclasses.fields(PairPlan)} - {
+    "folder"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileLayout:
+    """What the n pairs of one file start from.
+
+    Attributes:
+      segment: the segment that each pair belongs to, as often one as the other.
+      image: the position of its image in the data set; -1 in segment 0, which starts from noise alone.
+      flip: whether the image is mirrored.
+      key: what its noise is drawn with.
+      t0, t1: the times of the segment's end and start.
+      first_image: its images are those at positions first_image, first_image + 1, ..., modulo the data set's size.
+    """
+
+    segment: Int[np.ndarray, "n"]
+    image: Int[np.ndarray, "n"]
+    flip: Bool[np.ndarray, "n"]
+    key: UInt32[np.ndarray, "n 2"]
+    t0: Float[np.ndarray, "n"]
+    t1: Float[np.ndarray, "n"]
+    first_image: int
+
+
+def file_layout(plan: PairPlan, number: int) -> FileLayout:
+    """The layout of file `number`, from (plan, number) alone."""
+    first, n = (number - 1) * plan.file_size, plan.count(number)
+    random = np.random.default_rng([plan.seed % 2**32, number])
+    segment = random.permutation(np.repeat(np.arange(plan.k, dtype=np.int32), n // plan.k))
+    place = first + np.arange(n)
+    image = np.where(segment > 0, place % plan.dataset_size, -1).astype(np.int32)
+    flip = plan.flip & (random.random(n) < 0.5) & (image >= 0)
+    key = np.stack([np.full(n, plan.seed % 2**32), place], axis=1).astype(np.uint32)
+    boundaries = np.asarray(plan.boundaries, np.float32)
+    return FileLayout(segment, image, flip, key, boundaries[segment + 1], boundaries[segment], first)
+
+
+def start_points(
+    images: UInt8[np.ndarray, "n h w c"],
+    flip: Bool[np.ndarray, "n"],
+    key: UInt32[np.ndarray, "n 2"],
+    t1: Float[np.ndarray, "n"],
+    *,
+    centered: bool,
+    dequantize: bool,
+    dtype: str,
+) -> Float[np.ndarray, "n h w c"]:
+    """x1 = tau(t1) data + (1 - tau(t1)) noise, rounded to `dtype`: where each pair starts (design.md section 2).
+
+    At t1 = 1 it is noise alone, whatever the image. The bits of a row depend on that row of the arguments only.
+    """
+    data_weight = np.where(t1 == 1, 0, segments.tau_of_t(t1)).astype(np.float32)
+    out = np.empty(images.shape, dtype)
+    for row, (image, weight) in enumerate(zip(images, data_weight, strict=True)):
+        random = np.random.Generator(np.random.Philox(key=key[row].astype(np.uint64)))
+        noise = random.standard_normal(image.shape, np.float32)
+        data = (image[:, ::-1] if flip[row] else image).astype(np.float32)
+        if dequantize:
+            data += random.random(image.shape, np.float32)
+        data /= np.float32(256 if dequantize else 255)
+        if centered:
+            data = data * np.float32(2) - np.float32(1)
+        out[row] = weight * data + (np.float32(1) - weight) * noise
+    return out
+
+
+def read_manifest(folder) -> dict | None:
+    """What the manifest of the set in `folder` says; None where there is no manifest.
+
+    Raises:
+      InputError: the manifest is damaged.
+    """
+    path = epath.Path(folder) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, then gen_reflow makes the set anew") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= MANIFEST_ENTRIES:
+        raise InputError(f"{path} is not the manifest of a pair set of format {FORMAT}; use another workdir")
+    return manifest
+
+
+def write_manifest(folder, manifest: dict) -> None:
+    """Writes the manifest of the set in `folder`, whole or not at all."""
+    with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def begin_manifest(plan: PairPlan, extra: dict) -> dict:
+    """The manifest of the planned set, which is written, with `extra` entries, unless it is there and agrees.
+
+    Raises:
+      InputError: the folder holds another set; the message names the first entry that differs.
+    """
+    manifest = read_manifest(plan.folder)
+    if manifest is None:
+        if pairfiles.pair_file_numbers(plan.folder):
+            raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
+        manifest = {"complete": False} | plan.definition() | extra
+        write_manifest(plan.folder, manifest)
+        return manifest
+    for name, wanted in plan.definition().items():
+        if manifest.get(name) != wanted:
+            raise InputError(
+                f"{plan.folder} holds pairs with {name} = {manifest.get(name)}, but this run makes them with "
+                f"{wanted}; use the same settings, or another workdir"
+            )
+    return manifest
+
+
+def missing_files(plan: PairPlan) -> list[int]:
+    """The numbers of the planned files that are not there."""
+    there = set(pairfiles.pair_file_numbers(plan.folder))
+    return [number for number in range(1, plan.files + 1) if number not in there]
+
+
+def complete_manifest(plan: PairPlan) -> dict | None:
+    """Completes the manifest once every file is there, and returns it; None while some are missing.
+
+    It records the bytes and checksums of every file. Any number of hosts may do this at once: they write the same.
+
+    Raises:
+      BrokenFile: a file is there but not whole.
+    """
+    if missing_files(plan):
+        return None
+    contents = {}
+    for number in range(1, plan.files + 1):
+        with pairfiles.PairFile(plan.path(number)) as file:
+            contents[file.path.name] = {"bytes": file.size, "crc32": file.crc32}
+    manifest = begin_manifest(plan, {}) | {"complete": True, "contents": contents}
+    write_manifest(plan.folder, manifest)
+    return manifest
