@@ -1,0 +1,357 @@
+"""PyTorch rectified-flow checkpoints, in both directions. The format is design.md's section 8.
+
+A checkpoint is untrusted input: nothing in it is executed, and every name and shape is checked against the
+configuration before anything of its size is allocated. torch is imported only when one of the two functions runs.
+"""
+
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import flax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import traverse_util
+
+from models.factory import create_model, expand_heads
+from models.ncsnpp import NCSNpp, sigma_table
+from models.torch_layout import Entry, entries_of
+from models.torch_options import disagreements
+from utils import InputError, atomic_path
+
+PREFIX = "module."
+
+
+@flax.struct.dataclass
+class Weights:
+    """What a checkpoint holds, ours or PyTorch's: weights, EMA, Adam's state.
+
+    A stage that starts from another stage's weights counts its updates from 0, and so its learning-rate warm-up, whose
+    purpose, to tread lightly on a new loss, holds again. Adam's moments and Adam's own count are not restarted: they
+    travel together. The count serves only to correct the moments' bias towards the zeros that they once started from.
+    Restarted beside warm moments it would correct a bias that is not there: on the first update it would multiply the
+    first moment by 1 / (1 - 0.9) = 10 and the second by 1 / (1 - 0.999) = 1000.
+
+    Attributes:
+      params, ema_params: trees for `create_model(config).apply`.
+      mu, nu: Adam's first and second moments, trees like `params`; zeros where there are none.
+      count: the updates that Adam's moments have seen.
+      step: the updates that the run counted.
+      extras: what only PyTorch's format knows, kept for the way back, as arrays by name: "sigmas" [levels] float64,
+        "ema_decay", "ema_num_updates". Empty for weights that never were in that format.
+    """
+
+    params: Any
+    ema_params: Any
+    mu: Any
+    nu: Any
+    count: int
+    step: int
+    extras: dict = flax.struct.field(default_factory=dict)
+
+
+def import_torch(path, config) -> Weights:
+    """The checkpoint at `path` for `create_model(config)`, as NumPy arrays; one head is copied to k.
+
+    Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a line says so.
+
+    Raises:
+      InputError: not a checkpoint, truncated, with code in it, a key missing, a wrong shape, an EMA or an optimiser
+        that does not fit, or another configuration's. One line that names the first thing wrong.
+    """
+    model = create_model(config)
+    try:
+        return _weights(_opened(epath.Path(path)), model)
+    except InputError as error:
+        raise InputError(f"PyTorch checkpoint {path}: {error}") from error.__cause__
+
+
+def _weights(file: dict, model: NCSNpp) -> Weights:
+    entries = entries_of(model)
+    state = _state_dict(file, entries, model)
+    shadow = _shadow_params(file["ema"], entries)
+    count, mu, nu = _adam_state(file.get("optimizer"), entries)
+    extras = {
+        "sigmas": np.array(state["sigmas"]),
+        "ema_decay": np.array(_number("ema['decay']", file["ema"].get("decay"))),
+    }
+    if file["ema"].get("num_updates") is not None:
+        extras["ema_num_updates"] = np.array(_count("ema['num_updates']", file["ema"]["num_updates"]))
+
+    def tree(tensors: dict):
+        leaves = {
+            entry.path: entry.to_flax(tensors[entry.name].numpy())
+            if entry.name in tensors
+            else np.zeros(entry.flax_shape, np.float32)
+            for entry in entries
+        }
+        return expand_heads(traverse_util.unflatten_dict(leaves), model.heads)
+
+    # The EMA leaves out what is not trained.
+    return Weights(
+        params=tree(state),
+        ema_params=tree(state | shadow),
+        mu=tree(mu),
+        nu=tree(nu),
+        count=count,
+        step=_count("step", file["step"]),
+        extras=extras,
+    )
+
+
+class _PlainDtype:
+    """Stands in for `numpy.dtype` while unpickling: numbers only, no fields, no objects, no sizes to allocate."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch("[biuf][1248]", str(code)):
+            raise ValueError(f"a NumPy scalar of type {code!r} is no number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _plain_scalar(dtype: _PlainDtype, raw: bytes) -> float:
+    """Stands in for NumPy's unpickler of scalars: public checkpoints keep their learning rate as one."""
+    return np.frombuffer(raw, dtype.dtype, count=1)[0].item()
+
+
+def _opened(path) -> dict:
+    """The dict in the file, its tensors mapped from disk rather than read where the file is a local archive."""
+    import torch
+
+    if not path.is_file():
+        raise InputError("there is no such file")
+    stand_ins = [
+        (_PlainDtype, "numpy.dtype"),
+        (_plain_scalar, "numpy._core.multiarray.scalar"),
+        (_plain_scalar, "numpy.core.multiarray.scalar"),
+    ]
+    local = os.path.exists(os.fspath(path))
+    archive = _is_archive(path)
+    try:
+        with path.open("rb") as stream, torch.serialization.safe_globals(stand_ins):
+            source = os.fspath(path) if local and archive else stream
+            file = torch.load(source, map_location="cpu", weights_only=True, mmap=local and archive)
+    except Exception as error:  # a damaged pickle can raise anything
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"carries code ({blocked[1]}), which is never run") from error
+        raise InputError("is not a checkpoint that torch.save wrote, or is damaged or truncated") from error
+    if not isinstance(file, dict):
+        raise InputError(f"holds a {type(file).__name__}, not the dict of a training run")
+    for key in ("model", "ema", "step"):
+        if key not in file:
+            raise InputError(f"misses {key!r}")
+    return file
+
+
+def _is_archive(path) -> bool:
+    """Whether the file is a zip archive (torch.save since 1.6), once it is known not to grow when it is read."""
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+        if not zipfile.is_zipfile(stream):
+            if magic == b"PK\x03\x04":
+                raise InputError("is truncated: the archive's end is missing")
+            return False
+        try:
+            members = zipfile.ZipFile(stream).infolist()
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise InputError("is a damaged archive") from error
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
+            raise InputError("is a compressed archive, which torch.save does not write")
+    return True
+
+
+def _state_dict(file: dict, entries: list[Entry], model: NCSNpp) -> dict:
+    """The tensors of the network by name, without the prefix, once they are known to be this configuration's."""
+    part = file["model"]
+    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+        raise InputError("'model' is not a state dict")
+    state = {name.removeprefix(PREFIX): value for name, value in part.items()}
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "sigmas"}
+    wanted = {entry.name: entry.shape for entry in entries}
+    if shapes != wanted and (differences := disagreements(shapes, model)):
+        raise InputError(f"belongs to another configuration: it has {'; '.join(differences)}")
+    for name in ("sigmas", *wanted):
+        if name not in state:
+            raise InputError(f"misses model[{PREFIX + name!r}]")
+        state[name] = _dense(f"model[{PREFIX + name!r}]", state[name], wanted.get(name))
+    if surplus := [name for name in shapes if name not in wanted]:
+        raise InputError(f"has model[{PREFIX + surplus[0]!r}], which this configuration has not")
+    _check_sigmas(state["sigmas"].numpy(), model)
+    return state
+
+
+def _check_sigmas(sigmas: np.ndarray, model: NCSNpp):
+    table = sigma_table(model.sigma_min, model.sigma_max)
+    if sigmas.ndim != 1 or not sigmas.size:
+        raise InputError(f"model[{PREFIX + 'sigmas'!r}] is not a list of noise levels")
+    same = sigmas.shape == table.shape and np.allclose(sigmas, table, rtol=1e-4)
+    # Otherwise the network never looks at them: public configurations differ in values that nothing uses.
+    if model.scale_by_sigma and model.embedding_type == "positional" and not same:
+        raise InputError(
+            f"belongs to another configuration: it has {sigmas.size} noise levels from {sigmas[0]:g} to "
+            f"{sigmas[-1]:g}, config.model.sigma_max and sigma_min mean {table.size} from {table[0]:g} to {table[-1]:g}"
+        )
+
+
+def _shadow_params(ema, entries: list[Entry]) -> dict:
+    """The EMA's tensors by name."""
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list | tuple):
+        raise InputError("misses ema['shadow_params']")
+    trainable = [entry for entry in entries if entry.trainable]
+    if len(shadow) != len(trainable):
+        raise InputError(f"ema['shadow_params'] has {len(shadow)} tensors, this configuration trains {len(trainable)}")
+    return {
+        entry.name: _dense(f"ema['shadow_params'][{i}] ({entry.name})", tensor, entry.shape)
+        for i, (entry, tensor) in enumerate(zip(trainable, shadow, strict=True))
+    }
+
+
+def _adam_state(optimizer, entries: list[Entry]) -> tuple[int, dict, dict]:
+    """Adam's count and both moments by name; (0, {}, {}) and a line in the log if the file has none."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else optimizer
+    if not state:
+        logging.info("the checkpoint has no optimiser state: Adam's moments start at zero")
+        return 0, {}, {}
+    if not isinstance(state, dict):
+        raise InputError("optimizer['state'] is not a dict")
+    counts, mu, nu = set(), {}, {}
+    for index, entry in _adam_order(state, optimizer, entries):
+        where = f"optimizer['state'][{index}]"
+        slot = state[index]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if not isinstance(slot, dict) or key not in slot:
+                raise InputError(f"misses {where}[{key!r}] ({entry.name})")
+        counts.add(_count(f"{where}['step']", slot["step"]))
+        mu[entry.name] = _dense(f"{where}['exp_avg'] ({entry.name})", slot["exp_avg"], entry.shape)
+        nu[entry.name] = _dense(f"{where}['exp_avg_sq'] ({entry.name})", slot["exp_avg_sq"], entry.shape)
+    if len(counts) != 1:
+        raise InputError(
+            f"optimizer['state'] has weights after {min(counts)} and after {max(counts)} updates; one count fits all"
+        )
+    return counts.pop(), mu, nu
+
+
+def _adam_order(state: dict, optimizer: dict, entries: list[Entry]) -> list[tuple[int, Entry]]:
+    """Which number of `state` belongs to which weight.
+
+    Adam numbers what it was given, and keeps state only for what had a gradient. The public trainer gives it the
+    Fourier frequencies too, so the numbers may start at 1.
+    """
+    trainable = [entry for entry in entries if entry.trainable]
+    if len(state) == len(trainable) and all(isinstance(index, int) for index in state):
+        return list(zip(sorted(state), trainable, strict=True))
+    try:
+        given = [index for group in optimizer["param_groups"] for index in group["params"]]
+    except (KeyError, TypeError) as error:
+        raise InputError("misses optimizer['param_groups']") from error
+    named = next((some for some in (entries, trainable) if len(some) == len(given)), None)
+    if named is None:
+        raise InputError(f"optimizer has {len(given)} weights, this configuration trains {len(trainable)}")
+    order = [(i, entry) for i, entry in zip(given, named, strict=True) if entry.trainable]
+    for index, entry in order:
+        if index not in state and not entry.idle:
+            raise InputError(f"misses optimizer['state'][{index}] ({entry.name})")
+    return [(index, entry) for index, entry in order if index in state]
+
+
+def _dense(name: str, value, shape: tuple[int, ...] | None = None):
+    """`value`, once it is known to be a tensor of floats of that shape which the file really holds."""
+    import torch
+
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not dense or value.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise InputError(f"{name} is not a tensor of 16-, 32- or 64-bit floats")
+    if shape is not None and tuple(value.shape) != shape:
+        raise InputError(f"{name} has shape {tuple(value.shape)}, this configuration needs {shape}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise InputError(f"{name} claims more numbers than the file holds")
+    return value.detach()
+
+
+def _number(name: str, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is not a number") from error
+
+
+def _count(name: str, value) -> int:
+    number = _number(name, value)
+    if not number.is_integer() or not 0 <= number < 2**31:
+        raise InputError(f"{name} = {number:g} is not a number of updates")
+    return int(number)
+
+
+def export_torch(weights: Weights, config, path):
+    """Writes `weights` (k = 1) in PyTorch's format: the inverse of `import_torch`, bit for bit in every tensor.
+
+    Adam's settings come from config.optim where there is one; the EMA's decay and count from the file that the weights
+    were imported from, else from config.model.ema_rate and `weights.step`.
+
+    Raises:
+      InputError: more than one head, or weights of another configuration.
+    """
+    import torch
+
+    entries = entries_of(create_model(config))
+    params = _exported(weights.params, entries)
+    ema = _exported(weights.ema_params, entries)
+    extras = weights.extras
+    default_sigmas = sigma_table(config.model.get("sigma_min", 0.01), config.model.get("sigma_max", 50.0))
+    state = OrderedDict({f"{PREFIX}sigmas": torch.tensor(np.asarray(extras.get("sigmas", default_sigmas)))})
+    state.update((PREFIX + name, tensor) for name, tensor in params.items())
+    shadow = {
+        "decay": float(extras.get("ema_decay", config.model.get("ema_rate", 0.9999))),
+        "num_updates": int(extras.get("ema_num_updates", weights.step)),
+        "shadow_params": [ema[entry.name] for entry in entries if entry.trainable],
+    }
+    optimizer = _adam(weights, config, entries)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        torch.save({"optimizer": optimizer, "model": state, "ema": shadow, "step": int(weights.step)}, stream)
+
+
+def _exported(tree, entries: list[Entry]) -> dict:
+    """Tensors by name."""
+    import torch
+
+    leaves = traverse_util.flatten_dict(tree)
+    heads = {leaf.shape[0] for path, leaf in leaves.items() if path[-1].startswith("head_")}
+    if heads - {1}:
+        raise InputError(f"a PyTorch checkpoint has one time-embedding head, these weights have {max(heads)}")
+    if {path: tuple(leaf.shape) for path, leaf in leaves.items()} != {e.path: e.flax_shape for e in entries}:
+        raise InputError("these weights are not of the configuration's network")
+    return {entry.name: torch.from_numpy(entry.to_torch(np.asarray(leaves[entry.path]))) for entry in entries}
+
+
+def _adam(weights: Weights, config, entries: list[Entry]) -> dict:
+    """The optimiser's part, with the numbering of the public trainer: every weight is counted, trained or not."""
+    import torch
+
+    settings = config.get("optim") or {}
+    adam = torch.optim.Adam(
+        [torch.zeros(1)],
+        lr=float(settings.get("lr", 2e-4)),
+        betas=(float(settings.get("beta1", 0.9)), 0.999),
+        eps=float(settings.get("eps", 1e-8)),
+    )
+    group = adam.state_dict()["param_groups"][0] | {"params": list(range(len(entries)))}
+    if not int(weights.count):
+        return {"state": {}, "param_groups": [group]}
+    mu, nu = _exported(weights.mu, entries), _exported(weights.nu, entries)
+    state = {
+        index: {
+            "step": torch.tensor(float(weights.count)),
+            "exp_avg": mu[entry.name],
+            "exp_avg_sq": nu[entry.name],
+        }
+        for index, entry in enumerate(entries)
+        if entry.trainable and not entry.idle
+    }
+    return {"state": state, "param_groups": [group]}
