@@ -20,6 +20,7 @@ from utils import InputError
 
 SHUFFLE_BYTES = 2**28  # encoded records held to be shuffled; all of CIFAR-10, a tenth of LSUN church
 READ_BYTES = 2**23  # of a file at a time, as TFDS reads it
+READ_BATCH = 256  # images read in order that TensorFlow hands over at a time
 PREFETCH = 2  # batches made ahead, each of n_jitted_steps updates
 
 # data.dataset -> the name in TFDS, the side of the central square kept (None: the shorter side)
@@ -150,25 +151,19 @@ class TfdsSource(ImageSource):
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
 
     def _read(self, start, stop):
-        import tensorflow_datasets as tfds
-
-        records = self._builder.as_dataset(
-            split=tfds.core.ReadInstruction("train", from_=start, to=stop, unit="abs"),
-            # Several files at a time would make the order depend on where the slice begins.
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-            decoders=tfds.decode.PartialDecoding({"image": True}),
-        )
-        images = records.map(lambda record: self._square(record["image"]), tensorflow_on_cpu().data.AUTOTUNE)
-        return np.stack(list(_numpy(images, self.name)))
+        tf = tensorflow_on_cpu()
+        slices = self._builder.info.splits[f"train[{start}:{stop}]"].file_instructions
+        records = [_open_file(part.filename).skip(part.skip).take(part.take) for part in slices]
+        images = functools.reduce(tf.data.Dataset.concatenate, records).map(self.image, tf.data.AUTOTUNE)
+        return np.concatenate(list(_numpy(images.batch(READ_BATCH), self.name)))
 
     def shuffled(self, seed):
         tf = tensorflow_on_cpu()
         files = [str(path) for path in self._split.filepaths]
-        open_file = functools.partial(tf.data.TFRecordDataset, buffer_size=READ_BYTES)
         records = tf.data.Dataset.from_tensor_slices(files)
         records = records.shuffle(len(files), seed=seed[0], reshuffle_each_iteration=False)
         records = records.interleave(
-            open_file, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            _open_file, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
         held = min(self.size, max(1, SHUFFLE_BYTES * self.size // max(1, self._split.num_bytes)))
         return records.shuffle(held, seed=seed[1], reshuffle_each_iteration=False)
@@ -191,6 +186,11 @@ class TfdsSource(ImageSource):
         square = image[top : top + side, left : left + side]
         square = tf.image.resize(square, self.image_shape[:2], antialias=True)
         return tf.ensure_shape(tf.saturate_cast(tf.round(square), tf.uint8), self.image_shape)
+
+
+def _open_file(path):
+    """The encoded records of a file of a TFDS data set."""
+    return tensorflow_on_cpu().data.TFRecordDataset(path, buffer_size=READ_BYTES)
 
 
 def image_source(data) -> ImageSource:
