@@ -1,0 +1,396 @@
+"""How good samples are: networks whose features are compared, and TF-GAN's distances between those features.
+
+Every figure carries the name of its network: 'fid', 'kid' and 'is' are Inception's; the digits classifier's figures are
+'fid_digits_classifier' and so on.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import os
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from absl import logging
+from etils import epath
+from jaxtyping import Array, Float, UInt8
+
+import datasets
+from tfgan_compat import tensorflow_gan
+from utils import InputError, atomic_path
+
+KERNEL_BLOCK = 1024  # the kernel distance is the mean over blocks of at most this many samples
+MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
+DIGITS_TRAINED_ON = 1500  # the other 297 digits are held out to test the classifier
+INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"  # as in TF-GAN, whose import takes seconds
+HUB_SECONDS = 8  # to wait for TF-Hub's answer before saying that it cannot be reached
+
+
+def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+    """Frechet distance of the normal distributions with the features' means and covariances (TF-GAN's).
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)); with Inception's features the FID (Heusel et al.,
+    arXiv 1706.08500). Rounding can take the distance of equal sets a little below 0.
+
+    Raises:
+      ValueError: fewer than two samples, different widths, or values that are not finite.
+    """
+    a, b = _comparable(a, b)
+    return float(tensorflow_gan().eval.frechet_classifier_distance_from_activations(a, b))
+
+
+def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+    """Squared maximum mean discrepancy under the kernel (x.y/d + 1)^3, unbiased, so around 0 for equal distributions.
+
+    With Inception's features the KID (Binkowski et al., arXiv 1801.01401); TF-GAN's block estimator: the mean over
+    ceil(max(n, m) / KERNEL_BLOCK) blocks. Both sets are put into a fixed random order first, so that blocks are alike
+    however the sets are sorted; the same sets give the same figure.
+
+    Raises:
+      ValueError: as `frechet_distance`, or one set is so much smaller that a block would have fewer than two of it.
+    """
+    a, b = _comparable(a, b)
+    blocks = -(-max(len(a), len(b)) // KERNEL_BLOCK)
+    if min(len(a), len(b)) < 2 * blocks:
+        raise ValueError(f"sets of {len(a)} and {len(b)} samples are too unequal for {blocks} blocks of two or more")
+    order = np.random.default_rng(0)
+    tf = datasets.tensorflow_on_cpu()
+    a, b = (tf.constant(order.permutation(x)) for x in (a, b))
+    return float(tensorflow_gan().eval.kernel_classifier_distance_from_activations(a, b, max_block_size=KERNEL_BLOCK))
+
+
+def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:
+    """exp(E KL(p(y|x) || p(y))), from 1 to the number of classes (Salimans et al., arXiv 1606.03498; TF-GAN's).
+
+    Raises:
+      ValueError: fewer than two samples, or values that are not finite.
+    """
+    return float(tensorflow_gan().eval.classifier_score_from_logits(_checked("logits", logits)))
+
+
+def _checked(name: str, x: np.ndarray) -> np.ndarray:
+    """`x` in double precision once it is known to be [n >= 2, d] and finite."""
+    if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
+        raise ValueError(f"{name} must be [n, d] with two samples or more, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return np.asarray(x, np.float64)
+
+
+def _comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of features of one width, in double precision."""
+    a, b = _checked("the first set", a), _checked("the second set", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features; they must come from one network")
+    return a, b
+
+
+def sample_distances(
+    network_name: str,
+    real_features: Float[np.ndarray, "n d"],
+    fake_features: Float[np.ndarray, "m d"],
+    fake_logits: Float[np.ndarray, "m classes"],
+) -> dict[str, float]:
+    """The metrics of generated images under the names that they are reported by, as the module's first lines say.
+
+    Raises:
+      ValueError: as the distances.
+    """
+    suffix = "" if network_name == "inception" else f"_{network_name}"
+    return {
+        f"fid{suffix}": frechet_distance(real_features, fake_features),
+        f"kid{suffix}": kernel_distance(real_features, fake_features),
+        f"is{suffix}": inception_score(fake_logits),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureNetwork:
+    """A network whose features stand for what an image shows.
+
+    Attributes:
+      name: 'inception' or 'digits_classifier'.
+      identity: everything that decides its features, for the keys of caches.
+      features_and_logits: uint8 images [n, h, w, c] to float32 ([n, d], [n, classes]), as NumPy arrays.
+    """
+
+    name: str
+    identity: str
+    features_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def feature_network(data, inception_path: str, cache_dir=None) -> FeatureNetwork:
+    """The network that judges samples of `config.data`: the digits classifier for digits, Inception for photographs.
+
+    Args:
+      data: `config.data`.
+      inception_path: folder of a SavedModel of Inception; 'none' for TF-GAN's handle on TF-Hub.
+      cache_dir: where the trained classifier is kept; None for `cache_folder()`.
+
+    Raises:
+      InputError: there is no Inception to be had, or it is not one; within seconds.
+    """
+    if data.dataset == "digits":
+        return digits_classifier(cache_dir)
+    return inception(inception_path)
+
+
+def real_features(
+    network: FeatureNetwork, source: datasets.ImageSource, batch_size: int, cache_dir=None
+) -> Float[np.ndarray, "n d"]:
+    """The features of the data set's images, the first `MAX_REAL` if it has more; computed once, then read from disk.
+
+    Raises:
+      InputError: the data set cannot be read.
+    """
+
+    def compute():
+        count = min(source.size, MAX_REAL)
+        starts = tqdm.tqdm(range(0, count, batch_size), f"{network.name} features of {source.name}", disable=None)
+        batches = (source.read(start, min(batch_size, count - start)) for start in starts)
+        return {"features": np.concatenate([network.features_and_logits(images)[0] for images in batches])}
+
+    key = _key(network.identity, source.identity, MAX_REAL)
+    return _cached(_folder(cache_dir) / f"features_{network.name}_{key}.npz", compute)["features"]
+
+
+def cache_folder() -> epath.Path:
+    """Where trained classifiers and features are kept: $SEQRF_CACHE, else ~/.cache/seqrf."""
+    return epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
+
+
+def _folder(cache_dir) -> epath.Path:
+    return cache_folder() if cache_dir is None else epath.Path(cache_dir)
+
+
+def _key(*parts) -> str:
+    """A short name for everything that decides what a cached file holds."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in the npz file `path`; computed, and written there, if it is missing or damaged."""
+    if path.exists():
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
+        except Exception as error:  # there is nearly nothing that a damaged header cannot make np.load raise
+            logging.warning("%s is damaged (%s) and is made again", path, error)
+    arrays = compute()
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, names=list(arrays), **arrays)
+    except OSError as error:
+        logging.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
+    return arrays
+
+
+# ---- the digits classifier
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional network: images [n, 8, 8, 1] in [0, 1] to features [n, 64] in (-1, 1), logits [n, 10]."""
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n 8 8 1"]) -> tuple[Float[Array, "n 64"], Float[Array, "n 10"]]:
+        x = nn.relu(nn.Conv(16, (3, 3))(images))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=(2, 2))(x))
+        features = nn.tanh(nn.Dense(64)(x.reshape(len(x), -1)))
+        return features, nn.Dense(10)(features)
+
+
+def digits_classifier(cache_dir=None) -> FeatureNetwork:
+    """The classifier of scikit-learn's digits, trained on first use (seconds) with a fixed seed and then kept.
+
+    It is trained and run on the CPU, whatever JAX's default device, so that figures of several machines compare.
+
+    Args:
+      cache_dir: where its weights are kept; None for `cache_folder()`.
+    """
+    images, labels = _shuffled_digits()
+    how = [inspect.getsource(part) for part in (DigitsClassifier, _trained_digits_classifier, _shuffled_digits)]
+    data = [hashlib.sha256(array.tobytes()).hexdigest() for array in (images, labels)]
+    key = _key("digits_classifier", how, data, jax.__version__, flax.__version__, optax.__version__)
+    path = _folder(cache_dir) / f"digits_classifier_{key}.npz"
+    params = _unflatten(_cached(path, lambda: _flatten(_trained_digits_classifier(images, labels))))
+
+    @jax.jit
+    def apply(batch):
+        return DigitsClassifier().apply({"params": params}, batch / jnp.float32(255))
+
+    def features_and_logits(images: UInt8[np.ndarray, "n 8 8 1"]):
+        with _on_cpu():
+            return _in_batches(apply, images, 500)
+
+    return FeatureNetwork("digits_classifier", key, features_and_logits)
+
+
+def _shuffled_digits():
+    """The digits in a fixed random order; the classifier is trained on the first `DIGITS_TRAINED_ON`."""
+    images, labels = datasets.digits()
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[order], labels[order]
+
+
+def _trained_digits_classifier(images, labels, epochs=20, batch_size=100):
+    """Parameters of `DigitsClassifier` after Adam with a cosine schedule on the cross entropy."""
+    images, labels = images[:DIGITS_TRAINED_ON] / np.float32(255), labels[:DIGITS_TRAINED_ON]
+    model, steps = DigitsClassifier(), epochs * DIGITS_TRAINED_ON // batch_size
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+
+    def loss(params, batch, classes):
+        _, logits = model.apply({"params": params}, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+
+    @jax.jit
+    def step(params, state, batch, classes):
+        updates, state = optimizer.update(jax.grad(loss)(params, batch, classes), state)
+        return optax.apply_updates(params, updates), state
+
+    order = np.random.default_rng(0)
+    with _on_cpu():
+        params = model.init(jax.random.key(0), jnp.asarray(images[:1]))["params"]
+        state = optimizer.init(params)
+        for _ in range(epochs):
+            for batch in order.permutation(DIGITS_TRAINED_ON).reshape(-1, batch_size):
+                params, state = step(params, state, images[batch], labels[batch])
+    return jax.device_get(params)
+
+
+def _on_cpu():
+    """Makes JAX compute on the CPU inside the block, unless it was started without one (JAX_PLATFORMS)."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def _flatten(params) -> dict[str, np.ndarray]:
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def _unflatten(arrays: dict[str, np.ndarray]):
+    return flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _in_batches(apply, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (features, logits) function of one batch size, applied to any number of images."""
+    outputs = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+        outputs.append([np.asarray(x)[: len(batch)] for x in apply(np.pad(batch, padding))])
+    features, logits = zip(*outputs, strict=True)
+    return np.concatenate(features), np.concatenate(logits)
+
+
+# ---- Inception
+
+
+def inception(path: str) -> FeatureNetwork:
+    """TF-GAN's Inception: features [n, 2048] of its last pooling layer ('pool_3') and its logits.
+
+    Images are resized to 299 x 299 (bilinear) and scaled to [-1, 1], as TF-GAN's own examples do. It runs on the CPU.
+
+    Args:
+      path: folder of a SavedModel that maps images to {'logits', 'pool_3'}; 'none' for TF-GAN's handle on TF-Hub.
+
+    Raises:
+      InputError: the folder holds no such model; or TF-Hub cannot be reached.
+    """
+    folder = _inception_folder(path)
+    tf = datasets.tensorflow_on_cpu()
+    size = tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE
+    model = _loaded_inception(folder, size)
+
+    def apply(images):
+        pixels = tf.image.resize(tf.cast(images, tf.float32), (size, size))
+        outputs = model(pixels / 127.5 - 1)
+        return [tf.reshape(outputs[name], (len(images), -1)) for name in ("pool_3", "logits")]
+
+    def features_and_logits(images: UInt8[np.ndarray, "n height width 3"]):
+        return _in_batches(apply, images, 64)
+
+    return FeatureNetwork("inception", _key("inception", _digest(folder)), features_and_logits)
+
+
+def _inception_folder(path: str) -> epath.Path:
+    """The folder of the SavedModel: the one given, or TF-Hub's copy, downloaded if need be.
+
+    Raises:
+      InputError: there is none.
+    """
+    if path != "none":
+        folder = epath.Path(path).expanduser()
+        if not (folder / "saved_model.pb").exists():
+            raise InputError(f"eval.inception_path = {path} holds no SavedModel (no file saved_model.pb)")
+        return folder
+    hub = epath.Path(os.environ.get("TFHUB_CACHE_DIR") or epath.Path(tempfile.gettempdir()) / "tfhub_modules")
+    kept = hub / hashlib.sha1(INCEPTION_HANDLE.encode()).hexdigest()
+    if (kept / "saved_model.pb").exists():
+        return kept
+    remedy = (
+        "give its folder as --config.eval.inception_path=FOLDER, with the files of "
+        "https://www.kaggle.com/models/tensorflow/inception, variation tfgan-eval-inception, unpacked in it"
+    )
+    if not _answers(f"{INCEPTION_HANDLE}?tf-hub-format=compressed", HUB_SECONDS):
+        raise InputError(f"the Inception network is not in {hub} and {INCEPTION_HANDLE} cannot be reached; {remedy}")
+    import tensorflow_hub
+
+    try:
+        return epath.Path(tensorflow_hub.resolve(INCEPTION_HANDLE))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{INCEPTION_HANDLE} cannot be downloaded ({error}); {remedy}") from error
+
+
+def _answers(url: str, seconds: float) -> bool:
+    """Whether `url` can be opened within `seconds`, name look-up included, which no socket timeout bounds."""
+    answered = threading.Event()
+
+    def ask():
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=seconds):
+            answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
+
+
+def _loaded_inception(folder: epath.Path, size: int):
+    """The model in `folder`, once it is known to give what we need for an image of `size`.
+
+    Raises:
+      InputError: it does not, or cannot be loaded.
+    """
+    tf = datasets.tensorflow_on_cpu()
+    import tensorflow_hub
+
+    try:
+        model = tensorflow_hub.load(str(folder))
+        outputs = model(tf.zeros([1, size, size, 3]))
+        missing = [name for name in ("pool_3", "logits") if name not in outputs]
+    except (OSError, TypeError, ValueError, tf.errors.OpError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the SavedModel in {folder} is no Inception network: {reason}") from error
+    if missing:
+        raise InputError(f"the SavedModel in {folder} does not give {', '.join(missing)}")
+    return model
+
+
+def _digest(folder: epath.Path) -> str:
+    """A digest of a SavedModel's files."""
+    digest = hashlib.sha256()
+    for path in [folder / "saved_model.pb", *sorted((folder / "variables").glob("*"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
