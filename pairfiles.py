@@ -21,6 +21,11 @@ from etils import epath
 from utils import InputError, atomic_path
 
 CRC_BLOCK = 2**22  # bytes read at a time for a checksum
+# The start of an array in NumPy's format, for plain numbers. NumPy's own reader parses it with `ast`, which in Python
+# 3.11 is not safe in several threads at once (SystemError: AST constructor recursion depth mismatch).
+MAGIC = b"\x93NUMPY"
+HEADER = re.compile(rb"\{'descr': '([<>|]\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n")
+LONGEST_HEADER = 1000
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field
 FILE_NAME = re.compile(r"reflow_batch_(\d+)\.npz")
 ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, RuntimeError)
@@ -60,14 +65,19 @@ def write_pairs(path, arrays: dict[str, np.ndarray]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """An array in the file: its type, and where its bytes lie if they are stored plainly in C order."""
+    """An array in the file: its type, and where its bytes lie."""
 
     info: zipfile.ZipInfo
     dtype: np.dtype
+    fortran: bool
     shape: tuple[int, ...]
     start: int  # of the member's bytes, NumPy's header included
     header: int  # bytes of NumPy's header
-    plain: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether its rows lie one after another in the file."""
+        return self.info.compress_type == zipfile.ZIP_STORED and not self.fortran
 
     @property
     def row_bytes(self) -> int:
@@ -117,9 +127,12 @@ class PairFile:
         self._file.close()
 
     def array(self, name: str) -> np.ndarray:
-        """The whole array `name`, from a file of whatever layout; NumPy checks its checksum on the way."""
-        with self._broken_unless_read(), zipfile.ZipFile(self._file) as archive, archive.open(f"{name}.npy") as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
+        """The whole array `name`, from a file of whatever layout; its checksum is verified on the way."""
+        member = self._members[name]
+        with self._broken_unless_read(), zipfile.ZipFile(self._file) as archive:
+            content = archive.read(member.info)
+        flat = np.frombuffer(content, member.dtype, offset=member.header)
+        return flat.reshape(member.shape, order="F" if member.fortran else "C")
 
     def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         """out[places] = the rows `rows` of array `name`, converted to the type of `out`; one read a row.
@@ -180,9 +193,7 @@ class PairFile:
 
     def _member(self, archive, info):
         with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[version](stream)
+            dtype, fortran, shape = _array_header(stream)
             header = stream.tell()
         if dtype.hasobject:
             raise self.broken(f"its array {info.filename} carries pickled Python objects, which are never loaded")
@@ -193,8 +204,7 @@ class PairFile:
         self._file.seek(info.header_offset)
         name_length, extra_length = LOCAL_HEADER.unpack(self._file.read(LOCAL_HEADER.size))
         start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        plain = info.compress_type == zipfile.ZIP_STORED and not fortran
-        return _Member(info, dtype, shape, start, header, plain)
+        return _Member(info, dtype, fortran, shape, start, header)
 
     def _pread(self, member, rows, out, places):
         size = member.row_bytes
@@ -237,6 +247,19 @@ class PairFile:
             raise InputError(f"{self.path} cannot be read: {error}") from error
         except ZIP_ERRORS as error:
             raise self.broken(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _array_header(stream):
+    """(dtype, whether in Fortran's order, shape) of the array in NumPy's format that the stream is at the start of."""
+    start = stream.read(len(MAGIC) + 2)
+    size = struct.Struct("<H" if start[-2:-1] == b"\1" else "<I")
+    (length,) = size.unpack(stream.read(size.size))
+    if not start.startswith(MAGIC) or length > LONGEST_HEADER:
+        raise ValueError("it holds something that is not an array")
+    match = HEADER.fullmatch(stream.read(length))
+    if not match:
+        raise ValueError("it holds an array that is not of plain numbers")
+    return np.dtype(match[1].decode()), match[2] == b"True", tuple(int(n) for n in match[3].split(b",") if n.strip())
 
 
 def _is_local(path):

@@ -8,6 +8,7 @@ time: they are the same bits on every machine and in every batch, so that a star
 
 import dataclasses
 import json
+import logging
 import math
 
 import numpy as np
@@ -23,6 +24,8 @@ FORMAT = 1  # of the manifest and of how pairs follow from it
 DTYPES = ("float32", "float16")
 SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
 FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,9 @@ def plan_pairs(*, folder, boundaries, pairs: int, file_size: int, dtype: str, **
             raise InputError(f"{name} = {value}, but there must be at least one pair")
     if dtype not in DTYPES:
         raise InputError(f"training.reflow_dtype = {dtype!r} is not known; it can be {' or '.join(DTYPES)}")
-    pairs = math.ceil(pairs / k) * k
+    wanted, pairs = pairs, math.ceil(pairs / k) * k
+    if pairs != wanted:
+        logger.info("training.n_reflow_data is rounded up from %d to %d, a multiple of k = %d", wanted, pairs, k)
     file_size = min(pairs, math.ceil(file_size / k) * k)
     return PairPlan(
         folder=epath.Path(folder), boundaries=boundaries, pairs=pairs, file_size=file_size, dtype=dtype, **rest
@@ -196,7 +201,9 @@ def read_manifest(folder) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, then gen_reflow makes the set anew") from error
+        raise InputError(
+            f"{path} is damaged ({error}); bring back a copy, or remove the whole set and make it anew"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= MANIFEST_ENTRIES:
         raise InputError(f"{path} is not the manifest of a pair set of format {FORMAT}; use another workdir")
     return manifest
