@@ -35,6 +35,7 @@ __all__ = [
 BATCHES_AHEAD = 2  # handed to the devices before the first of them is waited for
 SHOWN_PAIRS = 16  # of each segment, in the figure
 FIGURE = "pairs.png"
+POLL_SECONDS = 0.5
 STALE_SECONDS = 600  # a file still under its temporary name after this was left behind by a kill
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
@@ -121,7 +122,7 @@ def generate(
     with _disk_errors_named(plan):
         _remove_temporaries(plan, older_than=STALE_SECONDS)
         manifest = pairplan.begin_manifest(plan, extra or {})
-        share = _share(plan, worker)
+        share = _files_of_worker(plan, worker)[jax.process_index() :: jax.process_count()]
         todo = [number for number in share if not _is_whole(plan, manifest, number)]
         if todo:
             _refuse_small_disk(plan)
@@ -130,6 +131,7 @@ def generate(
         done = sum(map(plan.count, share)) - sum(map(plan.count, todo))
         with tqdm.tqdm(initial=done, total=sum(map(plan.count, share)), unit="pair", disable=not progress) as bar:
             summary = _make_files(plan, todo, images, make_velocity, params, batch_size, bar)
+        _wait_for_hosts(plan, worker)
         if pairplan.complete_manifest(plan) is None:
             logger.info("%d of %d pair files are still missing", len(pairplan.missing_files(plan)), plan.files)
             return summary
@@ -137,10 +139,20 @@ def generate(
         return dataclasses.replace(summary, complete=True)
 
 
-def _share(plan, worker):
-    """The files of this host."""
+def _files_of_worker(plan, worker):
+    """The numbers of the files that the worker's hosts share."""
     place, workers = worker
-    return range(place, plan.files + 1, workers)[jax.process_index() :: jax.process_count()]
+    return range(place, plan.files + 1, workers)
+
+
+def _wait_for_hosts(plan, worker):
+    """Returns when this worker's other hosts have made their files too.
+
+    JAX ends all hosts soon after the first has left. Looking for the files needs no collective with its time limit.
+    """
+    if jax.process_count() > 1:
+        while not set(_files_of_worker(plan, worker)).isdisjoint(pairplan.missing_files(plan)):
+            time.sleep(POLL_SECONDS)
 
 
 def _is_whole(plan, manifest, number):
