@@ -1,0 +1,109 @@
+"""A teacher whose flow is known in closed form, and the making of pair sets with it, also in a process of its own."""
+
+import hashlib
+import multiprocessing
+import os
+
+import jax
+import numpy as np
+
+import reflow
+import segments
+
+MEAN, STD = 0.3, 0.5  # of the teacher's data, every pixel alike
+SHAPE = (6, 5, 1)
+
+
+class Images:
+    """The part of `datasets.ImageSource` that pairs are made from: 50 random images."""
+
+    identity, size, image_shape = "fifty", 50, SHAPE
+
+    def __init__(self):
+        self.pixels = np.random.default_rng(0).integers(0, 256, (self.size, *SHAPE)).astype(np.uint8)
+
+    def read(self, start, count):
+        return self.pixels[np.arange(start, start + count) % self.size]
+
+
+def std_of_tau(tau):
+    """The standard deviation of tau data + (1 - tau) noise."""
+    return (tau**2 * STD**2 + (1 - tau) ** 2) ** 0.5
+
+
+def make_velocity(params):
+    """The exact velocity for data N(MEAN, STD^2), the same in every segment."""
+
+    def velocity(x, t, index):
+        tau = segments.tau_of_t(t).reshape(-1, 1, 1, 1)
+        slope = (tau * STD**2 - (1 - tau)) / std_of_tau(tau) ** 2
+        return params["one"] * (MEAN + slope * (x - tau * MEAN))
+
+    return velocity
+
+
+def flow(x, t_start, t_end):
+    """Where the teacher's ODE carries x at t_start until t_end."""
+    start, end = (segments.tau_of_t(np.reshape(t, (-1, 1, 1, 1)).astype(np.float64)) for t in (t_start, t_end))
+    return end * MEAN + std_of_tau(end) / std_of_tau(start) * (x - start * MEAN)
+
+
+def plan(folder, **changes):
+    """A plan for 60 pairs of 3 segments in 5 files."""
+    settings = {
+        "boundaries": segments.uniform_boundaries(3),
+        "pairs": 60,
+        "file_size": 12,
+        "image_shape": SHAPE,
+        "dataset": Images.identity,
+        "dataset_size": Images.size,
+        "centered": True,
+        "flip": True,
+        "dequantize": False,
+        "seed": 7,
+        "teacher": "known",
+        "tol": 1e-4,
+        "solver": "dopri5",
+        "error_norm": "batch",
+        "dtype": "float32",
+        "store_noise": True,
+    }
+    return reflow.plan_pairs(folder=folder, **(settings | changes))
+
+
+def generate(folder, batch_size=4, worker=(1, 1), images=None, **changes):
+    """Makes the set of `plan(folder, **changes)` and returns the summary."""
+    params = {"one": np.float32(1)}
+    return reflow.generate(
+        plan(folder, **changes),
+        images or Images(),
+        make_velocity,
+        params,
+        batch_size=batch_size,
+        worker=worker,
+        progress=False,
+    )
+
+
+def digests(folder) -> dict[str, str]:
+    """A digest of the bytes of every file in the folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:
+    """A started process that generates with `arguments`; `hosts` is (port, number of hosts, this host)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pair_maker", "pytest"])  # imported once, not in every process
+    child = context.Process(target=_generate_apart, args=(devices, hosts, arguments), daemon=True)
+    child.start()
+    return child
+
+
+def _generate_apart(devices, hosts, arguments):
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if hosts:
+        port, count, place = hosts
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=place)
+    generate(**arguments)
+    if hosts:
+        jax.distributed.shutdown()  # as a program's own end would; this kind of process skips it
