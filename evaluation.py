@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import logging
 import os
 import tempfile
 import threading
@@ -21,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 import datasets
 from tfgan_compat import tensorflow_gan
 from utils import InputError, atomic_path
+
+logger = logging.getLogger("seqrf")
 
 KERNEL_BLOCK = 1024  # the kernel distance is the mean over blocks of at most this many samples
 MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
@@ -185,13 +187,13 @@ def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> d
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
         except Exception as error:  # there is nearly nothing that a damaged header cannot make np.load raise
-            logging.warning("%s is damaged (%s) and is made again", path, error)
+            logger.warning("%s is damaged (%s) and is made again", path, error)
     arrays = compute()
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, names=list(arrays), **arrays)
     except OSError as error:
-        logging.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
+        logger.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
     return arrays
 
 

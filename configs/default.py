@@ -97,6 +97,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.begin_step = 0  # the checkpoints from this step ...
     evaluate.end_step = 1_000_000_000  # ... to this one ...
     evaluate.interval_step = 1  # ... at multiples of this after begin_step are evaluated
+    evaluate.segments = 0  # a 1-RF's sequential straightness is over this many; 0: training.reflow_t
     evaluate.save_trajectory = False  # keep one batch's trajectory and its times
     evaluate.straightness_samples = 1_024  # noises behind straightness and truncation error
     evaluate.inception_path = "none"  # a SavedModel folder; 'none': TF-GAN's handle on TF-Hub

@@ -13,12 +13,12 @@ def get_config():
     config = get_default_config()
 
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
-    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
+    config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
     config.model.update(ema_rate=0.999)
     config.training.update(
         batch_size=128,
         n_iters=3_000,
-        n_jitted_steps=10,
+        n_jitted_steps=1,
         log_freq=100,
         snapshot_freq=1_000,
         snapshot_freq_for_preemption=500,

@@ -1,0 +1,112 @@
+"""Whether a configuration can work: every value that is wrong for a job is named before any work is done."""
+
+from utils import InputError
+
+PREDICTORS = ("rf_solver", "rf_solver_heun", "dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
+CHOICES = {
+    "data.dataset": ("digits", "CIFAR10", "CELEBA", "LSUN"),
+    "model.rf_phase": (1, 2),
+    "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
+    "training.reflow_dtype": ("float32", "float16"),
+    "eval.reflow_mode": ("eval_reflow", "eval_distill"),
+    "sampling.method": ("ode", "pc"),
+    "sampling.solver": PREDICTORS[2:],
+    "sampling.predictor": PREDICTORS,
+    "sampling.error_norm": ("batch", "sample"),
+    "sampling.time_grid": ("uniform", "adaptive"),
+}
+# Inclusive lower bounds; None: no bound above.
+RANGES = {
+    "seed": (0, 2**31 - 2),
+    "data.image_size": (1, None),
+    "data.num_channels": (1, None),
+    "model.num_scales": (1, None),
+    "model.ema_rate": (0, 1),
+    "model.dropout": (0, 1),
+    "training.reflow_t": (1, None),
+    "training.batch_size": (1, None),
+    "training.n_iters": (1, None),
+    "training.n_jitted_steps": (1, None),
+    "training.log_freq": (1, None),
+    "training.snapshot_freq": (1, None),
+    "training.snapshot_freq_for_preemption": (1, None),
+    "training.snapshot_fid_sample": (0, None),
+    "training.n_reflow_data": (1, None),
+    "training.gen_reflow_size": (1, None),
+    "training.reflow_file_size": (1, None),
+    "optim.lr": (0, None),
+    "optim.beta1": (0, 1),
+    "optim.eps": (0, None),
+    "optim.warmup": (0, None),
+    "sampling.tol": (1e-12, None),
+    "eval.batch_size": (1, None),
+    "eval.num_samples": (2, None),
+    "eval.begin_step": (0, None),
+    "eval.end_step": (0, None),
+    "eval.interval_step": (1, None),
+    "eval.straightness_samples": (1, None),
+    "eval.segments": (0, None),
+}
+
+
+def is_given(value: str) -> bool:
+    """Whether a path setting names something: 'none' and the empty string do not."""
+    return value.lower() not in ("", "none")
+
+
+def check_config(config, mode: str):
+    """Raises InputError for the first value that cannot work in a job of `mode`: train or eval."""
+    for name, allowed in CHOICES.items():
+        if _value(config, name) not in allowed:
+            raise InputError(f"--config.{name}={_value(config, name)}: use one of {', '.join(map(str, allowed))}")
+    for name, (low, high) in RANGES.items():
+        value = _value(config, name)
+        if not low <= value or (high is not None and value > high):
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise InputError(f"--config.{name}={value}: it must be {span}")
+    _check_steps(config, mode)
+
+
+def segments_of(config) -> int:
+    """k: a first rectified flow has one segment, whatever `training.reflow_t` says."""
+    return 1 if config.model.rf_phase == 1 else config.training.reflow_t
+
+
+def _value(config, name):
+    for key in name.split("."):
+        config = config[key]
+    return config
+
+
+def _check_steps(config, mode):
+    training, k = config.training, segments_of(config)
+    generates = mode == "train" and config.model.rf_phase == 2 and training.reflow_mode == "gen_reflow"
+    if config.sampling.method == "pc" and config.model.num_scales < k:
+        raise InputError(
+            f"--config.model.num_scales={config.model.num_scales} steps cannot cover training.reflow_t={k} segments; "
+            f"use at least {k}"
+        )
+    if generates and config.sampling.method != "ode":
+        raise InputError("pairs are solved with adaptive steps; use --config.sampling.method=ode")
+    if mode != "train" or generates:
+        return
+    for name in ("snapshot_freq", "snapshot_freq_for_preemption"):
+        if training[name] % training.n_jitted_steps:
+            raise InputError(
+                f"--config.training.{name}={training[name]} is not a multiple of n_jitted_steps="
+                f"{training.n_jitted_steps}; a checkpoint can only be kept between two compiled calls"
+            )
+
+
+def check_batches(config, mode: str, *, devices: int, local_devices: int):
+    """Raises InputError where a batch cannot be shared evenly by the devices."""
+    if mode == "train" and config.training.batch_size % devices:
+        raise InputError(
+            f"--config.training.batch_size={config.training.batch_size} cannot be shared by {devices} devices; "
+            f"use a multiple of {devices}"
+        )
+    if config.eval.batch_size % local_devices:
+        raise InputError(
+            f"--config.eval.batch_size={config.eval.batch_size} cannot be shared by {local_devices} local devices; "
+            f"use a multiple of {local_devices}"
+        )

@@ -1,0 +1,72 @@
+"""Sequential rectified flow from the command line; README.md lists the jobs."""
+
+import errno
+import logging
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+
+config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/rf/digits_rf_continuous.py.")
+flags.DEFINE_string("workdir", None, "The folder of this run: checkpoints, pairs, figures and metrics.")
+flags.DEFINE_enum("mode", None, ["train", "eval"], "train: also generates pairs, see --config.training.reflow_mode.")
+flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for the results of --mode=eval.")
+flags.DEFINE_string("log_name", "seqrf", "The name of the run in Weights & Biases.")
+flags.mark_flags_as_required(["workdir", "config", "mode"])
+
+
+def main(argv):
+    """Dispatches to `run_lib`; imports it late, so that --help and wrong flags answer at once."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")
+    config = _config()
+    import run_lib
+    from utils import InputError
+
+    try:
+        if FLAGS.mode == "train":
+            run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
+        else:
+            run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
+    except InputError as error:
+        _end(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _end(f"{error.strerror}: {error.filename or FLAGS.workdir}; the same command goes on from the last whole file")
+
+
+def _end(message):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _parsed_flags(argv):
+    """absl's parser, with one line for what a wrong --config.* raises (a wrong key, type or file)."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _end(f"{error}; see --help")
+    except (AttributeError, KeyError) as error:
+        # All that ml_collections says of an unknown override is its last part, in quotes.
+        unknown = next((a for a in argv if a.startswith("--config.") and str(error).strip("\"'") in a), str(error))
+        _end(f"unknown setting {unknown}; configs/default.py lists every setting")
+
+
+def _config():
+    """The configuration. ml_collections keeps the error of a file that it cannot read until a setting is asked for."""
+    try:
+        FLAGS.config.seed  # noqa: B018
+        return FLAGS.config
+    except Exception as error:
+        _end(f"cannot read --config: {error}")
+
+
+if __name__ == "__main__":
+    # Our own lines, and of the libraries only what is wrong: orbax alone would write twenty lines a checkpoint.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("seqrf").setLevel(logging.INFO)
+    app.run(main, flags_parser=_parsed_flags)

@@ -1,0 +1,82 @@
+"""The pictures that every stage leaves behind: PNG files, drawn by matplotlib and Pillow, written atomically."""
+
+import io
+
+import numpy as np
+from jaxtyping import Float
+
+from utils import atomic_path, image_grid
+
+
+def draw_images(path, images: Float[np.ndarray, "n h w c"]):
+    """One grid of images in [0, 1]; small ones are enlarged, so that a person can see them."""
+    from PIL import Image
+
+    grid = image_grid(images)
+    zoom = max(1, 512 // max(grid.shape[:2]))
+    buffer = io.BytesIO()
+    picture = Image.fromarray(grid)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(buffer, format="PNG")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def draw_straightness(path, ts, curves: dict[str, np.ndarray], boundaries):
+    """Straightness against t, from noise to data: one curve of [n - 1] values between the n times for each name."""
+    figure, axes = _figure()
+    for name, curve in curves.items():
+        area = float(np.sum(curve * (ts[:-1] - ts[1:])))
+        axes.stairs(np.asarray(curve)[::-1], np.asarray(ts)[::-1], label=f"{name}: {area:.4g}", baseline=None)
+    for boundary in boundaries:
+        axes.axvline(boundary, color="gray", linewidth=0.6, linestyle=":")
+    axes.set(xlim=(1, 0), ylim=(0, None), xlabel="t  (1: noise, 0: data)", ylabel="squared deviation per unit of t")
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, count: int = 8):
+    """A few trajectories: a row of states for each image, and one pixel's path against t below them."""
+    picked = np.linspace(0, len(ts) - 1, min(10, len(ts))).astype(int)
+    count = min(count, xs.shape[1])
+    figure, (top, bottom) = _figure(rows=2, size=(8, 8))
+    rows = unscale(xs[picked][:, :count]).swapaxes(0, 1)
+    tiles = rows.swapaxes(1, 2).reshape(count * rows.shape[2], len(picked) * rows.shape[3], rows.shape[4])
+    top.imshow(np.repeat(tiles, 3, axis=-1) if tiles.shape[-1] == 1 else tiles, vmin=0, vmax=1)
+    top.set(xticks=[], yticks=[], title="from noise (left) to data (right)")
+    middle = xs[:, :count, xs.shape[2] // 2, xs.shape[3] // 2, 0]
+    bottom.plot(ts, middle, linewidth=1)
+    bottom.set(xlim=(1, 0), xlabel="t  (1: noise, 0: data)", ylabel="value of the middle pixel")
+    _save(figure, path)
+
+
+def draw_loss(path, steps, losses):
+    """The training loss against updates, on logarithmic axes."""
+    figure, axes = _figure()
+    axes.plot(steps, losses, linewidth=1)
+    axes.set(xlabel="update", ylabel="loss", yscale="log")
+    _save(figure, path)
+
+
+def draw_quality(path, curves: dict[str, tuple[list, list]], quality: str):
+    """A quality (FID) against NFE, one line or point for each name: {name: (nfe, quality)}."""
+    figure, axes = _figure()
+    for name, (nfe, values) in curves.items():
+        axes.plot(nfe, values, marker="o", linewidth=1, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="NFE: network calls for a sample", ylabel=quality)
+    axes.grid(visible=True, which="both", linewidth=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure(rows: int = 1, size=(7, 4.5)):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows)
+
+
+def _save(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

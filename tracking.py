@@ -1,0 +1,136 @@
+"""Where a run's numbers and pictures go: the terminal, metrics.json and Weights & Biases, all by one call."""
+
+import hashlib
+import json
+import logging
+import math
+import netrc
+import os
+
+import numpy as np
+from etils import epath
+
+from utils import InputError, atomic_path
+
+logger = logging.getLogger("seqrf")
+
+
+class Tracker:
+    """Logs to the terminal, to `<folder>/metrics.json` and to wandb (offline without a key: never a prompt).
+
+    Only the first host logs; on the others every call does nothing.
+    """
+
+    def __init__(
+        self, folder, *, workdir, name: str, config: dict, primary: bool = True, resume_step: int | None = None
+    ):
+        """
+        Args:
+          folder: where metrics.json and the pictures go.
+          workdir: where wandb keeps its own files, in `wandb/`.
+          name: the run's name in wandb; the same name in the same workdir goes on with the same wandb run.
+          config: what wandb shows as the run's settings.
+          primary: whether this is the first host.
+          resume_step: when a run goes on: lines of metrics.json after this step are dropped, they will be redone.
+        """
+        self._folder = epath.Path(folder)
+        self._primary = primary
+        self.history = []
+        if not primary:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            lines = read_json(self._folder / "metrics.json", [])
+            self.history = [line for line in lines if line["step"] <= resume_step]
+        self._wandb = _wandb_run(workdir, name, config)
+
+    def log(self, step: int, values: dict[str, float]):
+        """Notes numbers at a step. They reach metrics.json at the next `flush`."""
+        if not self._primary:
+            return
+        values = {name: _plain(value) for name, value in values.items()}
+        self.history.append({"step": step, **values})
+        self._wandb.log(values, step=step)
+        logger.info("update %d: %s", step, "  ".join(f"{name} {value:.5g}" for name, value in values.items()))
+
+    def picture(self, step: int, name: str, path):
+        """Shows a PNG file in wandb."""
+        if self._primary:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(os.fspath(path))}, step=step)
+
+    def flush(self):
+        """Writes `<folder>/metrics.json`: a list of {"step", ...}, one for each `log`."""
+        if self._primary:
+            write_json(self._folder / "metrics.json", self.history)
+
+    def close(self):
+        """Flushes and ends the wandb run."""
+        if self._primary:
+            self.flush()
+            self._wandb.finish()
+
+
+def write_json(path, value):
+    """Writes JSON atomically. NaN and infinity become null: JSON has no word for them."""
+
+    def finite(entry):
+        if isinstance(entry, dict):
+            return {key: finite(item) for key, item in entry.items()}
+        if isinstance(entry, (list, tuple)):
+            return [finite(item) for item in entry]
+        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
+
+
+def read_json(path, default):
+    """What a JSON file says; `default` where there is no such file or it is damaged."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def write_arrays(path, **arrays):
+    """Writes an .npz of arrays, stored, atomically."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _plain(value):
+    value = np.asarray(value).item()
+    return float(value) if isinstance(value, float) else value
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key, in the environment or in ~/.netrc, without asking anybody."""
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    return known or bool(os.environ.get("WANDB_API_KEY"))
+
+
+def _wandb_run(workdir, name, config):
+    """An online run where a key is known, else an offline one (`wandb sync` uploads it later)."""
+    import wandb
+
+    folder = epath.Path(workdir)
+    local = folder if not str(folder).startswith("gs://") else epath.Path(".")
+    local.mkdir(parents=True, exist_ok=True)
+    # The same run in the same workdir goes on with the same wandb run; in another workdir it is another one.
+    identity = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:16]
+    settings = wandb.Settings(init_timeout=30, console="off", silent=True)
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    arguments = {"project": "seqrf", "name": name, "id": identity, "resume": "allow", "config": config}
+    arguments["dir"] = os.fspath(local)
+    try:
+        return wandb.init(mode=mode, settings=settings, **arguments)
+    except wandb.errors.Error as error:
+        if mode == "offline":
+            raise InputError(f"wandb cannot log into {local}: {error}") from error
+        logger.warning("wandb is out of reach (%s); logging offline into %s", error, local / "wandb")
+        return wandb.init(mode="offline", settings=settings, **arguments)
