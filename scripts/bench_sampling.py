@@ -1,0 +1,168 @@
+"""What a solve costs beyond its network calls: python scripts/bench_sampling.py [--full] [--json FILE].
+
+Times one compiled network call, whole solves by Euler, Heun and Dopri5, and the Dopri5 solve driven by SciPy's RK45
+from the host (a flat float64 state, one round trip per network call), on the digits network and with --full also on the
+full-size CIFAR-10 one. Every round times all of them in turn, so that a machine that slows down slows them alike; the
+ratios are taken within a round, and medians over rounds are printed.
+
+    overhead     solve / (NFE x network call): 1 is a solve that costs its network calls and nothing more
+    host/device  SciPy's solve / ours, and the same for each network call
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import integrate
+
+import models
+import sampling
+import segments
+from configs.rf import cifar10_rf_continuous, digits_rf_continuous
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and how it is solved: sizes for which a solve takes a second or more on two CPU cores."""
+
+    name: str
+    config: object
+    batch: int
+    steps: int
+    tol: float
+
+
+CASES = [Case("digits", digits_rf_continuous, 256, 20, 1e-3), Case("cifar10", cifar10_rf_continuous, 2, 8, 1e-2)]
+
+
+def random_velocity(config, seed=0):
+    """The configuration's network, every weight off its initial value: fresh ones make a velocity of zero."""
+    model = models.create_model(config)
+    params = models.init_params(model, jax.random.key(seed), image_shape(config))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    shaken = [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return models.velocity_fn(model, jax.tree.unflatten(tree, shaken))
+
+
+def image_shape(config):
+    return config.data.image_size, config.data.image_size, config.data.num_channels
+
+
+def seconds(job) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(job())
+    return time.perf_counter() - start
+
+
+def scipy_solve(network, z, tol):
+    """(x, calls) by SciPy's RK45 on the host, tau from EPS to 1, as public implementations do it."""
+
+    def flat_slope(tau, flat):
+        t = jnp.full(len(z), segments.t_of_tau(tau), jnp.float32)
+        x = jnp.asarray(flat.reshape(z.shape), jnp.float32)
+        return np.asarray(network(x, t, jnp.zeros(len(z), jnp.int32))).reshape(-1).astype(np.float64)
+
+    start = np.asarray(z, np.float64).reshape(-1)
+    solution = integrate.solve_ivp(flat_slope, (segments.EPS, 1.0), start, method="RK45", rtol=tol, atol=tol)
+    return solution.y[:, -1].reshape(z.shape), solution.nfev
+
+
+def solvers(case: Case) -> dict:
+    """The options of `sampling.solve` for each line of the table, with equal network calls for Euler and Heun."""
+    fixed = {"method": "pc", "predictor": "rf_solver", "num_scales": case.steps}
+    return {
+        "euler": fixed,
+        "heun": fixed | {"predictor": "rf_solver_heun", "num_scales": case.steps // 2},
+        "dopri5": {"method": "ode", "tol": case.tol},
+    }
+
+
+def measure(case: Case, rounds: int) -> list[dict]:
+    """One row for each solver: NFE, medians of the times in seconds and of the ratios taken within a round."""
+    config = case.config.get_config()
+    velocity = random_velocity(config)
+    network = jax.jit(velocity)
+    z = jax.random.normal(jax.random.key(2), (case.batch, *image_shape(config)))
+    inputs = z, jnp.full(case.batch, 0.5), jnp.zeros(case.batch, jnp.int32)
+    jax.block_until_ready(network(*inputs))
+    boundaries = segments.uniform_boundaries(1)
+    rows = []
+    for name, options in solvers(case).items():
+        solve = jax.jit(lambda z, options=options: sampling.solve(velocity, z, boundaries, **options))
+        nfe = int(solve(z).nfe)
+        host = functools.partial(scipy_solve, network, z, case.tol) if name == "dopri5" else None
+        host_nfe = host()[1] if host else None
+        timed = functools.partial(network, *inputs), functools.partial(solve, z), nfe, host
+        times = [one_round(*timed) for _ in range(rounds)]
+        rows.append(row(case, name, nfe, host_nfe, times))
+    return rows
+
+
+def one_round(network, solve, nfe: int, host) -> tuple[float, float, float]:
+    """Seconds of one network call, of the solve and of SciPy's (NaN where there is none)."""
+    # Half of the calls on either side of the solve, so that neither has the better moment.
+    calls = [seconds(network) for _ in range(nfe // 2)]
+    solved = seconds(solve)
+    calls += [seconds(network) for _ in range(nfe - nfe // 2)]
+    return statistics.mean(calls), solved, seconds(host) if host else float("nan")
+
+
+def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times) -> dict:
+    call, solved, host = (statistics.median(column) for column in zip(*times, strict=True))
+    found = {
+        "network": case.name,
+        "batch": case.batch,
+        "solver": solver,
+        "nfe": nfe,
+        "call_s": call,
+        "solve_s": solved,
+        "overhead": statistics.median(solve / (nfe * call) for call, solve, _ in times),
+        "rounds": len(times),
+    }
+    if host_nfe is None:
+        return found
+    return found | {
+        "host_nfe": host_nfe,
+        "host_s": host,
+        "host_over_device": statistics.median(host / solve for _, solve, host in times),
+        "host_over_device_per_call": statistics.median(host / host_nfe / (solve / nfe) for _, solve, host in times),
+    }
+
+
+def print_table(rows):
+    heads = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
+    print(heads, "-" * len(heads), sep="\n")
+    for r in rows:
+        line = f"{r['network']:8} {r['batch']:5}  {r['solver']:7} {r['nfe']:4}  {1e3 * r['call_s']:7.1f}  "
+        line += f"{r['solve_s']:7.2f}  {r['overhead']:8.3f} |"
+        if "host_s" in r:
+            line += f" {r['host_nfe']:9}  {r['host_s']:7.2f}  {r['host_over_device']:11.3f}"
+            line += f"  {r['host_over_device_per_call']:8.3f}"
+        print(line)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="also the full-size CIFAR-10 network (minutes on a CPU)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed solves of each kind (default 7)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    rows = [found for case in CASES[: 1 + arguments.full] for found in measure(case, arguments.rounds)]
+    print_table(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
