@@ -462,7 +462,8 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
             logger.info("%s is measured already", target)
             continue
         values = _measure(config, flow, params, network, real, target)
-        tracking.write_json(target / "metrics.json", {"step": step, **values, "settings": settings})
+        named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
+        tracking.write_json(target / "metrics.json", {**named, **values, "settings": settings})
         tracker.log(step, values)
         for picture in sorted(target.glob("*.png")):
             tracker.picture(step, picture.stem, picture)
@@ -508,6 +509,21 @@ def _settings(config, flow, params, network_name) -> dict:
         "seed": config.seed,
         "network": network_name,
     }
+
+
+def _model_name(config) -> str:
+    """As the paper calls it: 1-RF, k-SeqRF or k-SeqRF-Distill."""
+    if config.model.rf_phase == 1:
+        return "1-RF"
+    distilled = EVALUATED[config.eval.reflow_mode] == "2_distill"
+    return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if distilled else "")
+
+
+def _sampler_name(config) -> str:
+    if config.sampling.method == "ode":
+        return "ODE"
+    names = {"rf_solver": "Euler", "rf_solver_heun": "Heun"}
+    return f"{names.get(config.sampling.predictor, config.sampling.predictor)} {config.model.num_scales}"
 
 
 def _measured_boundaries(config, flow):

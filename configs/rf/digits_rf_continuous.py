@@ -9,24 +9,24 @@ from configs.default import get_default_config
 
 
 def get_config():
-    """A 195,000-parameter network, 3000 updates of 1-RF."""
+    """A 195,000-parameter network, 2500 updates of 1-RF."""
     config = get_default_config()
 
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
     config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
     config.model.update(ema_rate=0.999)
     config.training.update(
-        batch_size=128,
-        n_iters=3_000,
+        batch_size=64,
+        n_iters=2_500,
         n_jitted_steps=1,
         log_freq=100,
-        snapshot_freq=1_000,
+        snapshot_freq=2_500,
         snapshot_freq_for_preemption=500,
-        n_reflow_data=20_000,
-        gen_reflow_size=1_000,
-        reflow_file_size=4_000,
+        n_reflow_data=8_000,
+        gen_reflow_size=250,
+        reflow_file_size=1_000,
     )
     config.optim.update(lr=1e-3, warmup=100)
-    config.sampling.update(tol=1e-4)
-    config.eval.update(batch_size=1_000, num_samples=5_000)
+    config.sampling.update(tol=1e-3)
+    config.eval.update(batch_size=250, num_samples=2_000, straightness_samples=128)
     return config

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The main job on real images, from a fresh clone with only Python: scripts/quickstart.sh [WORKDIR]
+#
+# Trains 1-RF on scikit-learn's digits, makes pairs with it, trains 2-SeqRF on them, distils that, evaluates all three
+# and prints the table. Run again, it skips what is finished; killed, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
+
+workdir="${1:-runs/digits}"
+run=(.venv/bin/python main.py --config=configs/rf/digits_rf_continuous.py --workdir="$workdir")
+reflow=(--config.model.rf_phase=2 --config.training.reflow_t=2)
+euler=(--config.sampling.method=pc --config.sampling.predictor=rf_solver)
+fixed_ema=(--config.model.variable_ema_rate=False)
+
+say() { printf '\n== %s\n' "$*"; }
+
+evaluate() { # evaluate FOLDER OVERRIDE...: only the last checkpoint of a stage
+  local folder="$1"; shift
+  "${run[@]}" --mode=eval --eval_folder="$folder" "$@"
+}
+
+say "1/5 train 1-RF"
+"${run[@]}" --mode=train --config.model.rf_phase=1
+say "2/5 generate pairs for 2 segments"
+"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=gen_reflow
+say "3/5 train 2-SeqRF"
+"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_reflow --config.training.n_iters=1200 \
+  --config.optim.lr=5e-4 --config.training.snapshot_freq=1200 --config.model.ema_rate=0.995 "${fixed_ema[@]}"
+say "4/5 distil it to one call a segment"
+"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_distill --config.training.n_iters=1000 \
+  --config.optim.lr=5e-4 --config.training.snapshot_freq=1000 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
+  "${euler[@]}" --config.model.num_scales=2
+
+say "5/5 evaluate"
+first=(--config.model.rf_phase=1 --config.training.reflow_t=2 --config.eval.begin_step=2500)
+evaluate 1rf_ode "${first[@]}" --config.eval.save_trajectory=True
+for n in 1 2 4 8; do
+  evaluate "1rf_euler_$n" "${first[@]}" "${euler[@]}" --config.model.num_scales="$n"
+done
+second=("${reflow[@]}" --config.eval.begin_step=1200)
+evaluate 2seqrf_ode "${second[@]}" --config.eval.save_trajectory=True
+for n in 2 4; do
+  evaluate "2seqrf_euler_$n" "${second[@]}" "${euler[@]}" --config.model.num_scales="$n"
+done
+evaluate 2distill_euler_2 "${reflow[@]}" --config.eval.reflow_mode=eval_distill --config.eval.begin_step=1000 \
+  "${euler[@]}" --config.model.num_scales=2
+
+.venv/bin/python scripts/report.py "$workdir"
