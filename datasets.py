@@ -8,7 +8,6 @@ however many hosts and devices; so a run that resumes, or moves to another machi
 import abc
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Iterator
 
@@ -30,7 +29,6 @@ TFDS_SETS = {"CIFAR10": ("cifar10", None), "CELEBA": ("celeb_a", 140), "LSUN": (
 
 def tensorflow_on_cpu():
     """The tensorflow module, kept off the GPU, whose memory it would take from JAX."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it would report at length that it finds no GPU
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

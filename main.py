@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 
 from absl import app, flags
@@ -66,6 +67,7 @@ def _config():
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or TensorFlow tells at length that it finds no GPU
     # Our own lines, and of the libraries only what is wrong: orbax alone would write twenty lines a checkpoint.
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("seqrf").setLevel(logging.INFO)

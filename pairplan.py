@@ -25,7 +25,7 @@ DTYPES = ("float32", "float16")
 SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
 FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("seqrf")
 
 
 @dataclasses.dataclass(frozen=True)

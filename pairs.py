@@ -23,7 +23,7 @@ BATCHES_AHEAD = 2
 OPENING_THREADS = 16  # files opened at once for the first check; on a remote disk each waits for the network
 FILES, PAIRS = 0, 1  # what is shuffled, as part of the seed
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("seqrf")
 
 
 class PairSet:

@@ -40,7 +40,7 @@ STALE_SECONDS = 600  # a file still under its temporary name after this was left
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("seqrf")
 
 
 @dataclasses.dataclass(frozen=True)

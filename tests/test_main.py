@@ -1,0 +1,62 @@
+"""What users type, as they type it: real processes, wrong input, time and exit code."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DIGITS = "--config=configs/rf/digits_rf_continuous.py"
+CIFAR = "--config=configs/rf/cifar10_rf_continuous.py"
+REFLOW = "--config.model.rf_phase=2"
+FOUR_SEGMENTS = [REFLOW, "--config.training.reflow_t=4"]
+
+
+def run(*arguments, workdir):
+    """(exit code, the lines of stderr that are ours, seconds) of `python main.py ...`."""
+    # No forced devices: users have none. No proxy: nothing may reach a network.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    start = time.perf_counter()
+    command = [sys.executable, "main.py", f"--workdir={workdir}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout + done.stderr, time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([DIGITS, "--mode=train", "--config.training.no_such=3"], "unknown setting --config.training.no_such=3"),
+        ([DIGITS, "--mode=train", "--config.training.reflow_t=two"], "--config.training.reflow_t=two"),
+        ([DIGITS, "--mode=fly"], "one of <train|eval>"),
+        (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),
+        ([DIGITS, "--mode=train", "--config.training.reflow_t=0"], "--config.training.reflow_t=0"),
+        (
+            [DIGITS, "--mode=eval", *FOUR_SEGMENTS, "--config.sampling.method=pc", "--config.model.num_scales=3"],
+            "use at least 4",
+        ),
+        ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=train_reflow"], "no pairs in"),
+        ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=gen_reflow"], "no weights to start from"),
+        ([DIGITS, "--mode=eval", "--config.model.rf_phase=1"], "no checkpoint to evaluate"),
+        ([DIGITS, "--mode=train", "--config.training.import_torch=/no/such.pth"], "/no/such.pth"),
+        ([DIGITS, "--mode=train", "--config.training.import_flax=/no/such"], "no checkpoint at /no/such"),
+        ([CIFAR, "--mode=train", "--config.data.data_dir=/no/data"], "/no/data"),
+    ],
+)  # fmt: skip
+def test_wrong_input_ends_in_one_clear_line(arguments, message, tmp_path):
+    code, said, seconds = run(*arguments, workdir=tmp_path / "run")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code not in (0, None)
+    assert len(errors) == 1, said
+    assert message in errors[0]
+    assert "Traceback" not in said
+    assert seconds < 20
+
+
+def test_help_is_quick(tmp_path):
+    code, said, seconds = run("--help", workdir=tmp_path)
+    assert "--workdir" in said
+    assert code in (0, 1)  # absl ends --help with 1
+    assert seconds < 2

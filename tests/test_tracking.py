@@ -1,0 +1,65 @@
+import json
+import math
+
+import numpy as np
+
+import tracking
+from utils import image_grid
+
+
+def tracker(folder, **options):
+    return tracking.Tracker(folder / "stage", workdir=folder, name="test", config={"seed": 1}, **options)
+
+
+def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc: nobody is asked for a key
+    run = tracker(tmp_path)
+    run.log(10, {"loss": np.float32(0.5)})
+    run.log(20, {"loss": float("nan")})
+    run.close()
+    lines = json.loads((tmp_path / "stage" / "metrics.json").read_text())
+    assert lines == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": None}]
+    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    assert runs[0].stat().st_size > 0
+
+
+def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
+    first = tracker(tmp_path)
+    for step in (10, 20, 30):
+        first.log(step, {"loss": 1.0 / step})
+    first.close()
+    second = tracker(tmp_path, resume_step=20)
+    second.log(30, {"loss": 7.0})
+    second.close()
+    lines = json.loads((tmp_path / "stage" / "metrics.json").read_text())
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[-1]["loss"] == 7.0
+
+
+def test_other_hosts_write_nothing(tmp_path):
+    run = tracker(tmp_path, primary=False)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    assert not any(tmp_path.iterdir())
+
+
+def test_json_has_no_nan(tmp_path):
+    tracking.write_json(tmp_path / "a.json", {"x": [1.0, math.inf], "y": {"z": float("nan")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.0, None], "y": {"z": None}}
+    assert tracking.read_json(tmp_path / "no.json", 5) == 5
+
+
+def test_grid_helper_is_what_pictures_show(tmp_path):
+    from PIL import Image
+
+    import pictures
+
+    images = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
+    pictures.draw_images(tmp_path / "grid.png", images)
+    shown = np.asarray(Image.open(tmp_path / "grid.png"))
+    grid = image_grid(images)
+    zoom = shown.shape[0] // grid.shape[0]
+    np.testing.assert_array_equal(shown[::zoom, ::zoom], grid)
