@@ -257,6 +257,8 @@ def complete_manifest(plan: PairPlan) -> dict | None:
     for number in range(1, plan.files + 1):
         with pairfiles.PairFile(plan.path(number)) as file:
             contents[file.path.name] = {"bytes": file.size, "crc32": file.crc32}
-    manifest = begin_manifest(plan, {}) | {"complete": True, "contents": contents}
-    write_manifest(plan.folder, manifest)
+    begun = begin_manifest(plan, {})
+    manifest = begun | {"complete": True, "contents": contents}
+    if manifest != begun:
+        write_manifest(plan.folder, manifest)
     return manifest

@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 import zipfile
@@ -175,6 +176,34 @@ def test_through_a_link_and_without_writing(whole_set, tmp_path):
     linked = stream(tmp_path / "link", 3, 60, seed=0)
     assert names_of(linked) == names_of(stream(whole_set, 3, 60, seed=0))
     assert {path.name: path.stat().st_mtime_ns for path in [*whole_set.iterdir(), whole_set]} == before
+
+
+def test_from_a_read_only_disk(whole_set, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode
+    try:
+        shutil.copytree(whole_set, disk / "p")
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        else:  # where mounting is not permitted neither is writing to this, unless for root
+            (disk / "p").chmod(0o500)
+        assert names_of(stream(disk / "p", 3, 60, seed=0)) == names_of(stream(whole_set, 3, 60, seed=0))
+        assert pair_maker.generate(disk / "p", pairs=174).complete  # there is nothing to do
+    finally:
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+        else:
+            (disk / "p").chmod(0o700)
+
+
+def test_files_that_are_not_local_are_read_through_their_path(whole_set, copied_set, monkeypatch):
+    here = stream(whole_set, 4, 60, seed=0)
+    monkeypatch.setattr(pairfiles, "_is_local", lambda path: False)
+    assert names_of(stream(whole_set, 4, 60, seed=0)) == names_of(here)
+    flip_byte(copied_set / "reflow_batch_7.npz", "x0")
+    with pytest.raises(InputError, match=r"reflow_batch_7\.npz is broken: .*CRC"):
+        stream(copied_set, 6, 30, seed=0)
 
 
 # ---- refusals
