@@ -120,6 +120,7 @@ def _read(folder) -> tuple[dict, dict]:
     folder = epath.Path(folder).absolute()
     with _damage_named(folder):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
+        tree["opt_state"]["0"] = {}  # clipping has no state, which orbax writes as nothing
     return tree, _read_info(folder)
 
 
@@ -194,7 +195,7 @@ def load_with_info(path) -> tuple[models.Weights, dict]:
     if path.is_file():
         return _load_file(path)
     tree, info = _read(_checkpoint_folder(path))
-    adam = tree["opt_state"]["adam"]
+    _, adam, _ = (tree["opt_state"][place] for place in "012")  # the chain of `losses.optimizer`
     weights = models.Weights(
         params=tree["params"],
         ema_params=tree["ema_params"],

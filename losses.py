@@ -87,14 +87,10 @@ def example_keys(seed: int, step: Int[Array, ""], places: Int[Array, "b"]) -> Ke
 
 
 def optimizer(*, lr: float, beta1: float, eps: float, warmup: int, grad_clip: float) -> optax.GradientTransformation:
-    """Adam with linear warm-up over `warmup` updates (0: none) and global-norm clipping (negative: off)."""
+    """Clipping, Adam, rate: linear warm-up over `warmup` updates (0: none), global-norm clipping (negative: off)."""
     rate = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity()
-    return optax.named_chain(
-        ("clip", clip),
-        ("adam", optax.scale_by_adam(b1=beta1, eps=eps)),
-        ("rate", optax.scale_by_learning_rate(rate)),
-    )
+    return optax.chain(clip, optax.scale_by_adam(b1=beta1, eps=eps), optax.scale_by_learning_rate(rate))
 
 
 @struct.dataclass
@@ -114,18 +110,15 @@ def initial_state(weights, transformation: optax.GradientTransformation, step: i
     have: the first updates would be about a third of their right size. The warm-up counts the
     stage's own updates, from `step`.
     """
-    opt_state = transformation.init(weights.params)
-    adam = opt_state["adam"]._replace(
-        count=jnp.int32(weights.count),
-        mu=jax.tree.map(jnp.asarray, weights.mu),
-        nu=jax.tree.map(jnp.asarray, weights.nu),
-    )
-    rate = opt_state["rate"]._replace(count=jnp.int32(step))
+    clip, adam, rate = transformation.init(weights.params)
+    moments = {"mu": jax.tree.map(jnp.asarray, weights.mu), "nu": jax.tree.map(jnp.asarray, weights.nu)}
+    adam = adam._replace(count=jnp.int32(weights.count), **moments)
+    rate = rate._replace(count=jnp.int32(step))
     return TrainState(
         step=jnp.int32(step),
         params=jax.tree.map(jnp.asarray, weights.params),
         ema_params=jax.tree.map(jnp.asarray, weights.ema_params),
-        opt_state=opt_state | {"adam": adam, "rate": rate},
+        opt_state=(clip, adam, rate),
     )
 
 
