@@ -67,7 +67,7 @@ def _number(value, name: str, lowest, highest, whole: bool):
         raise InputError(
             f"config.{name} = {value!r}: use a {'whole ' if whole else ''}number from {lowest:g} to {highest:g}"
         )
-    return value
+    return int(value) if whole else float(value)
 
 
 def _numbers(values, name: str, lowest, highest, whole: bool, fewest: int = 1) -> tuple:
@@ -135,12 +135,14 @@ def create_model(config) -> NCSNpp:
 
 
 def init_params(model: NCSNpp, rng, image_shape: tuple[int, int, int]):
-    """Fresh weights for images of shape (height, width, channels): the tree for `model.apply({"params": ...}, ...)`."""
+    """Fresh weights for images of shape (height, width, channels): the tree for `model.apply({"params": ...}, ...)`.
 
-    def initial(rng):
-        return model.init(rng, jnp.zeros((1, *image_shape)), jnp.ones((1,)), jnp.zeros((1,), jnp.int32))["params"]
-
-    return jax.jit(initial)(rng)
+    Lazily, so that nothing but the weights is computed, and weights of one shape share one small program: hundreds of
+    draws in one program take the CPU compiler minutes.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    label, index = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return model.lazy_init(rng, image, label, index)["params"]
 
 
 def expand_heads(params, k: int):

@@ -5,7 +5,7 @@ Parameter names are those of the public PyTorch networks, so that a checkpoint m
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,10 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from models import resampling
-from models.resampling import Images
+from models.resampling import Images, Kernel
 from utils import InputError
 
 Embedding = Float[Array, "batch features"]
+JoinedImages = Float[Array, "batch height width joined"]
 
 NONLINEARITIES: dict[str, Callable] = {
     "swish": nn.swish,
@@ -28,8 +29,18 @@ NONLINEARITIES: dict[str, Callable] = {
 
 
 def weight_init(scale: float = 1.0):
-    """Uniform with variance scale / mean(fan in, fan out). A scale of 0 means nearly zero, so that no layer is dead."""
-    return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+    """Uniform with variance scale / mean(fan in, fan out). A scale of 0 means nearly zero, so that no layer is dead.
+
+    For kernels [height, width, in, out] and [in, out], and [heads, in, out], where each head is a kernel of its own.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        pixels = math.prod(shape[:-2]) if len(shape) == 4 else 1
+        bound = math.sqrt(3 * (scale or 1e-10) / (pixels * (shape[-2] + shape[-1]) / 2))
+        # Drawn flat: the CPU compiler (jaxlib 0.10) takes minutes over a dozen draws of several dimensions.
+        return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
+
+    return init
 
 
 def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding=1) -> nn.Conv:
@@ -97,9 +108,8 @@ class HeadedDense(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Embedding, index: Int[Array, "batch"]) -> Embedding:
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=1, out_axis=2, batch_axis=0)
-        kernel = self.param("head_kernel", init, (self.heads, x.shape[1], self.features))
+    def __call__(self, x: Float[Array, "batch inputs"], index: Int[Array, "batch"]) -> Embedding:
+        kernel = self.param("head_kernel", weight_init(), (self.heads, x.shape[1], self.features))
         bias = self.param("head_bias", nn.initializers.zeros, (self.heads, self.features))
         if self.heads == 1:
             return x @ kernel[0] + bias[0]
@@ -140,9 +150,23 @@ class Combine(nn.Module):
     method: str
 
     @nn.compact
-    def __call__(self, pyramid: Images, h: Images) -> Images:
+    def __call__(self, pyramid: Float[Array, "batch height width colours"], h: Images) -> JoinedImages:
         pyramid = conv1x1(h.shape[-1], "Conv_0")(pyramid)
         return pyramid + h if self.method == "sum" else jnp.concatenate([pyramid, h], axis=-1)
+
+
+class Dropout(nn.Module):
+    """Sets a share `rate` of the numbers to zero and scales up the rest, by the "dropout" random stream."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        if self.rate == 0:
+            return x
+        # Drawn flat for the reason given in `weight_init`.
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.size,)).reshape(x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0)
 
 
 class ConvWeights(nn.Module):
@@ -156,7 +180,7 @@ class ConvWeights(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
-def _convolved(x: Images, kernel, *, strides=1, dilation=1, padding=0) -> Images:
+def _convolved(x, kernel, *, strides=1, dilation=1, padding=0):
     return lax.conv_general_dilated(
         x, kernel, (strides, strides), [(padding, padding)] * 2, (dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -171,10 +195,10 @@ class Upsample(nn.Module):
 
     features: int
     with_conv: bool
-    fir_kernel: tuple[float, ...] | None
+    fir_kernel: Kernel | None
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: Images) -> Float[Array, "batch 2*height 2*width features"]:
         if not self.with_conv:
             return resampling.upsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -194,10 +218,10 @@ class Downsample(nn.Module):
 
     features: int
     with_conv: bool
-    fir_kernel: tuple[float, ...] | None
+    fir_kernel: Kernel | None
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: Images) -> Float[Array, "batch height//2 width//2 features"]:
         if not self.with_conv:
             return resampling.downsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -227,10 +251,12 @@ class ResnetBlock(nn.Module):
     rescale: bool
     embedding_size: int
     resample: str | None = None
-    fir_kernel: Sequence[float] | None = None
+    fir_kernel: Kernel | None = None
 
     @nn.compact
-    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+    def __call__(
+        self, x: Images, embedding: Float[Array, "batch time"] | None, train: bool
+    ) -> Float[Array, "batch new_height new_width features"]:
         act, channels = NONLINEARITIES[self.activation], x.shape[-1]
         h = act(group_norm(channels, "GroupNorm_0")(x))
         if self.resample is not None:
@@ -243,7 +269,7 @@ class ResnetBlock(nn.Module):
         elif self.is_initializing():
             dense(jnp.zeros((1, self.embedding_size), x.dtype))
         h = act(group_norm(self.features, "GroupNorm_1")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout, name="Dropout_0")(h) if train else h
         h = conv3x3(self.features, "Conv_1", self.init_scale)(h)
         if self.kind == "ddpm" and channels != self.features:
             x = NIN(self.features, name="NIN_0")(x)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models import layers, resampling
-from models.layers import Embedding
 from models.resampling import Images
 
 # The network's labels run from 0.999 to 999: one noise level each.
@@ -91,7 +90,7 @@ class NCSNpp(nn.Module):
         h = self._up(names, block, self._middle(block, self._down(names, block, x)))
         return h / self._sigmas(labels)[:, None, None, None] if self.scale_by_sigma else h
 
-    def _time_embedding(self, names: Iterator[str], labels, index) -> Embedding | None:
+    def _time_embedding(self, names: Iterator[str], labels, index) -> Array | None:
         if self.embedding_type == "fourier":
             embedding = layers.FourierEmbedding(self.nf, self.fourier_scale, name=next(names))(labels)
         else:
@@ -108,7 +107,7 @@ class NCSNpp(nn.Module):
             return labels
         return jnp.asarray(sigma_table(self.sigma_min, self.sigma_max), jnp.float32)[labels.astype(jnp.int32)]
 
-    def _down(self, names, block, x: Images) -> list[Images]:
+    def _down(self, names, block, x: Array) -> list[Array]:
         """Every skip connection, from the input's resolution to the lowest; the last is the trunk."""
         skips = [layers.conv3x3(self.nf, next(names))(x)]
         pyramid = x
@@ -127,12 +126,12 @@ class NCSNpp(nn.Module):
             skips.append(h)
         return skips
 
-    def _middle(self, block, skips: list[Images]) -> tuple[Images, list[Images]]:
+    def _middle(self, block, skips: list[Array]) -> tuple[Array, list[Array]]:
         h = skips[-1]
         h = block.attention(block.resnet(h, h.shape[-1]))
         return block.resnet(h, h.shape[-1]), skips
 
-    def _up(self, names, block, trunk: tuple[Images, list[Images]]) -> Images:
+    def _up(self, names, block, trunk: tuple[Array, list[Array]]) -> Array:
         h, skips = trunk
         pyramid = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
@@ -147,12 +146,12 @@ class NCSNpp(nn.Module):
                 h = block.resampled(h, "up")
         return pyramid if self.progressive == "output_skip" else block.output(h, self.channels, self.init_scale)
 
-    def _skip_output(self, names, block, h: Images, pyramid: Images | None) -> Images:
+    def _skip_output(self, names, block, h: Array, pyramid: Array | None) -> Array:
         """The image so far: what the levels below made of it, enlarged, plus this level's own."""
         own = block.output(h, self.channels, self.init_scale)
         return own if pyramid is None else resampling.upsample(pyramid, self.fir_kernel) + own
 
-    def _residual_output(self, names, block, h: Images, pyramid: Images | None) -> tuple[Images, Images]:
+    def _residual_output(self, names, block, h: Array, pyramid: Array | None) -> tuple[Array, Array]:
         """The features so far and the trunk: at the lowest level a branch of the trunk, above it both are one."""
         if pyramid is None:
             return block.output(h, h.shape[-1], 1.0), h
@@ -164,10 +163,10 @@ class NCSNpp(nn.Module):
 class _Blocks:
     """Makes and applies the network's repeated parts, each under the next name."""
 
-    def __init__(self, net: NCSNpp, names: Iterator[str], embedding: Embedding | None, train: bool):
+    def __init__(self, net: NCSNpp, names: Iterator[str], embedding: Array | None, train: bool):
         self.net, self.names, self.embedding, self.train = net, names, embedding, train
 
-    def resnet(self, x: Images, features: int, resample: str | None = None) -> Images:
+    def resnet(self, x: Array, features: int, resample: str | None = None) -> Array:
         net = self.net
         return layers.ResnetBlock(
             features=features,
@@ -182,14 +181,14 @@ class _Blocks:
             name=next(self.names),
         )(x, self.embedding, self.train)
 
-    def attention(self, x: Images) -> Images:
+    def attention(self, x: Array) -> Array:
         return layers.Attention(self.net.init_scale, self.net.skip_rescale, name=next(self.names))(x)
 
-    def attended(self, x: Images) -> Images:
+    def attended(self, x: Array) -> Array:
         """`x` through attention where its resolution is one of `attn_resolutions`."""
         return self.attention(x) if x.shape[1] in self.net.attn_resolutions else x
 
-    def resampled(self, x: Images, direction: str) -> Images:
+    def resampled(self, x: Array, direction: str) -> Array:
         """`x` twice as large ("up") or half as large ("down")."""
         if self.net.resblock_type == "biggan":
             return self.resnet(x, x.shape[-1], direction)
@@ -197,7 +196,7 @@ class _Blocks:
         name = next(self.names)
         return layer(x.shape[-1], self.net.resamp_with_conv, self.net.fir_kernel, name=name)(x)
 
-    def output(self, x: Images, features: int, scale: float) -> Images:
+    def output(self, x: Array, features: int, scale: float) -> Array:
         """Normalise, activate, convolve: how the trunk becomes an image or a pyramid's lowest level."""
         x = layers.group_norm(x.shape[-1], next(self.names))(x)
         return layers.conv3x3(features, next(self.names), scale)(layers.NONLINEARITIES[self.net.nonlinearity](x))

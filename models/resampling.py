@@ -13,15 +13,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Images = Float[Array, "batch height width channels"]
+Doubled = Float[Array, "batch 2*height 2*width channels"]
+Halved = Float[Array, "batch height//2 width//2 channels"]
+Kernel = Sequence[float | int]
 
 
-def normalized_taps(kernel: Sequence[float]) -> Float[np.ndarray, "taps"]:
+def normalized_taps(kernel: Kernel) -> Float[np.ndarray, "taps"]:
     """The taps of one axis, scaled so that they (and so their outer product, the two-dimensional filter) sum to 1."""
     taps = np.asarray(kernel, np.float64)
     return (taps / taps.sum()).astype(np.float32)
 
 
-def filter_axis(x: Float[Array, "..."], taps, axis: int, up: int, down: int, pad) -> Float[Array, "..."]:
+def filter_axis(x: Array, taps, axis: int, up: int, down: int, pad) -> Array:
     """`upfirdn` along one axis.
 
     Each sample is followed by `up` - 1 zeros, `pad` = (before, after) zeros go around them (negative ones crop), then
@@ -35,14 +38,16 @@ def filter_axis(x: Float[Array, "..."], taps, axis: int, up: int, down: int, pad
     return sum(tap * lax.slice_in_dim(x, a, a + span, down, axis) for a, tap in enumerate(reversed_taps))
 
 
-def filter_images(x: Images, taps, *, up: int = 1, down: int = 1, pad=(0, 0)) -> Images:
+def filter_images(
+    x: Images, taps, *, up: int = 1, down: int = 1, pad=(0, 0)
+) -> Float[Array, "batch new_height new_width channels"]:
     """`filter_axis` along height and width: the filter is the outer product of `taps` with itself."""
     for axis in (1, 2):
         x = filter_axis(x, taps, axis, up, down, pad)
     return x
 
 
-def upsample(x: Images, fir_kernel: Sequence[float] | None) -> Images:
+def upsample(x: Images, fir_kernel: Kernel | None) -> Doubled:
     """Height and width doubled: nearest neighbour, or filtered by `fir_kernel` with the mean kept."""
     if fir_kernel is None:
         return x.repeat(2, axis=1).repeat(2, axis=2)
@@ -52,7 +57,7 @@ def upsample(x: Images, fir_kernel: Sequence[float] | None) -> Images:
     return filter_images(x, taps, up=2, pad=((p + 1) // 2 + 1, p // 2))
 
 
-def downsample(x: Images, fir_kernel: Sequence[float] | None) -> Images:
+def downsample(x: Images, fir_kernel: Kernel | None) -> Halved:
     """Height and width (both even) halved: the mean of 2 x 2 pixels, or filtered by `fir_kernel`."""
     if fir_kernel is None:
         batch, height, width, channels = x.shape

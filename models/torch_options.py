@@ -111,7 +111,7 @@ def _told_options(shapes: Shapes, model: NCSNpp) -> dict:
     if resamplers:
         # Its taps leave no trace; whether there are any does, in the name.
         filtered = "Conv2d_0.weight" in resamplers[0]
-        told["fir_kernel"] = (model.fir_kernel or (1, 3, 3, 1)) if filtered else None
+        told["fir_kernel"] = (model.fir_kernel or (1.0, 3.0, 3.0, 1.0)) if filtered else None
     return told
 
 
