@@ -2,7 +2,10 @@
 
 import hashlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import sys
+import unittest.mock
 
 import jax
 import numpy as np
@@ -94,6 +97,10 @@ def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:
     """A started process that generates with `arguments`; `hosts` is (port, number of hosts, this host)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pair_maker", "pytest"])  # imported once, not in every process
+    with unittest.mock.patch.dict(
+        os.environ, PYTHONPATH=os.pathsep.join(sys.path)
+    ):  # which Python 3.11 does not tell it
+        multiprocessing.forkserver.ensure_running()
     child = context.Process(target=_generate_apart, args=(devices, hosts, arguments), daemon=True)
     child.start()
     return child
