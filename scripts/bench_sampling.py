@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,6 +44,7 @@ class Case:
 
 
 CASES = [Case("digits", digits_rf_continuous, 256, 20, 1e-3), Case("cifar10", cifar10_rf_continuous, 2, 8, 1e-2)]
+HEADS = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
 
 
 def random_velocity(config, seed=0):
@@ -88,8 +90,8 @@ def solvers(case: Case) -> dict:
     }
 
 
-def measure(case: Case, rounds: int) -> list[dict]:
-    """One row for each solver: NFE, medians of the times in seconds and of the ratios taken within a round."""
+def measure(case: Case, rounds: int) -> Iterator[dict]:
+    """A row for each solver, as it is done: NFE, medians of the times in seconds and of the ratios of each round."""
     config = case.config.get_config()
     velocity = random_velocity(config)
     network = jax.jit(velocity)
@@ -97,7 +99,6 @@ def measure(case: Case, rounds: int) -> list[dict]:
     inputs = z, jnp.full(case.batch, 0.5), jnp.zeros(case.batch, jnp.int32)
     jax.block_until_ready(network(*inputs))
     boundaries = segments.uniform_boundaries(1)
-    rows = []
     for name, options in solvers(case).items():
         solve = jax.jit(lambda z, options=options: sampling.solve(velocity, z, boundaries, **options))
         nfe = int(solve(z).nfe)
@@ -105,8 +106,7 @@ def measure(case: Case, rounds: int) -> list[dict]:
         host_nfe = host()[1] if host else None
         timed = functools.partial(network, *inputs), functools.partial(solve, z), nfe, host
         times = [one_round(*timed) for _ in range(rounds)]
-        rows.append(row(case, name, nfe, host_nfe, times))
-    return rows
+        yield row(case, name, nfe, host_nfe, times)
 
 
 def one_round(network, solve, nfe: int, host) -> tuple[float, float, float]:
@@ -140,16 +140,14 @@ def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times) -> dict:
     }
 
 
-def print_table(rows):
-    heads = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
-    print(heads, "-" * len(heads), sep="\n")
-    for r in rows:
-        line = f"{r['network']:8} {r['batch']:5}  {r['solver']:7} {r['nfe']:4}  {1e3 * r['call_s']:7.1f}  "
-        line += f"{r['solve_s']:7.2f}  {r['overhead']:8.3f} |"
-        if "host_s" in r:
-            line += f" {r['host_nfe']:9}  {r['host_s']:7.2f}  {r['host_over_device']:11.3f}"
-            line += f"  {r['host_over_device_per_call']:8.3f}"
-        print(line)
+def line(found: dict) -> str:
+    """A row as a line of the table under HEADS."""
+    text = f"{found['network']:8} {found['batch']:5}  {found['solver']:7} {found['nfe']:4}"
+    text += f"  {1e3 * found['call_s']:7.1f}  {found['solve_s']:7.2f}  {found['overhead']:8.3f} |"
+    if "host_s" in found:
+        text += f" {found['host_nfe']:9}  {found['host_s']:7.2f}  {found['host_over_device']:11.3f}"
+        text += f"  {found['host_over_device_per_call']:8.3f}"
+    return text
 
 
 def main():
@@ -158,8 +156,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="timed solves of each kind (default 7)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    rows = [found for case in CASES[: 1 + arguments.full] for found in measure(case, arguments.rounds)]
-    print_table(rows)
+    print(HEADS, "-" * len(HEADS), sep="\n", flush=True)
+    rows = []
+    for case in CASES[: 1 + arguments.full]:
+        for found in measure(case, arguments.rounds):
+            print(line(found), flush=True)
+            rows.append(found)
     if arguments.json:
         arguments.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=2) + "\n")
 
