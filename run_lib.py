@@ -107,7 +107,8 @@ def _checked(config, mode):
     config.eval.segments = config.eval.segments or config.training.reflow_t
     config.training.reflow_t = segments_of(config)
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        hosts = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**{name: int(value) for name, value in hosts.items() if value})
     if not jax.config.jax_compilation_cache_dir:
         cache = epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))

@@ -7,6 +7,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 
+# On a CPU one device uses little more than one core for small images: as many devices as cores, up to 8, share each
+# batch. Accelerators do not look at this flag.
+cores=$(getconf _NPROCESSORS_ONLN)
+devices=$((cores >= 8 ? 8 : cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
+export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$devices}"
+
 workdir="${1:-runs/digits}"
 run=(.venv/bin/python main.py --config=configs/rf/digits_rf_continuous.py --workdir="$workdir")
 reflow=(--config.model.rf_phase=2 --config.training.reflow_t=2)

@@ -6,7 +6,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
+
+import checkpoints
+import models
+from configs.rf import cifar10_rf_continuous
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/rf/digits_rf_continuous.py"
@@ -60,3 +66,51 @@ def test_help_is_quick(tmp_path):
     assert "--workdir" in said
     assert code in (0, 1)  # absl ends --help with 1
     assert seconds < 2
+
+
+TINY = [
+    "--config.model.nf=4",
+    "--config.model.ch_mult=(1,)",
+    "--config.model.attn_resolutions=()",
+    "--config.training.snapshot_sampling=False",
+]
+
+
+def test_photographs_without_inception_are_refused_at_once(tmp_path):
+    config = cifar10_rf_continuous.get_config()
+    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
+    params = models.init_params(models.create_model(config), jax.random.key(0), (32, 32, 3))
+    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
+    missing = f"--config.eval.inception_path={tmp_path / 'inception'}"
+    given = f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}"
+    code, said, seconds = run(CIFAR, "--mode=eval", given, missing, *TINY, workdir=tmp_path / "run")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2, said
+    assert len(errors) == 1
+    assert str(tmp_path / "inception") in errors[0]
+    assert seconds < 20
+
+
+def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):
+    lengths = ["--config.training.n_iters=400", "--config.training.batch_size=8", "--config.training.log_freq=100"]
+    saving = ["--config.training.snapshot_freq=400", "--config.training.snapshot_freq_for_preemption=20"]
+    arguments = [DIGITS, "--mode=train", "--config.model.rf_phase=1", *TINY, *lengths, *saving]
+    assert run(*arguments, workdir=tmp_path / "undisturbed")[0] == 0
+
+    command = [sys.executable, "main.py", f"--workdir={tmp_path / 'killed'}", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    latest = tmp_path / "killed" / "1_rf" / "checkpoints-meta"
+    while process.poll() is None and not any(entry.name.isdigit() for entry in latest.glob("*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoints.steps_in(tmp_path / "killed" / "1_rf") == [0]  # it had not finished
+    assert run(*arguments, workdir=tmp_path / "killed")[0] == 0
+
+    first, _ = checkpoints.load_with_info(tmp_path / "undisturbed" / "1_rf")
+    second, _ = checkpoints.load_with_info(tmp_path / "killed" / "1_rf")
+    assert first.step == second.step == 400
+    for name in ("params", "ema_params", "mu", "nu"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(first, name), getattr(second, name))

@@ -22,11 +22,11 @@ def get_config():
         log_freq=100,
         snapshot_freq=2_500,
         snapshot_freq_for_preemption=500,
-        n_reflow_data=8_000,
-        gen_reflow_size=250,
-        reflow_file_size=1_000,
+        n_reflow_data=8_192,
+        gen_reflow_size=256,
+        reflow_file_size=1_024,
     )
     config.optim.update(lr=1e-3, warmup=100)
     config.sampling.update(tol=1e-3)
-    config.eval.update(batch_size=250, num_samples=2_000, straightness_samples=128)
+    config.eval.update(batch_size=256, num_samples=2_048, straightness_samples=128)
     return config
