@@ -300,12 +300,13 @@ def export_torch(weights: Weights, config, path):
     """
     import torch
 
-    entries = entries_of(create_model(config))
+    model = create_model(config)
+    entries = entries_of(model)
     params = _exported(weights.params, entries)
     ema = _exported(weights.ema_params, entries)
     extras = weights.extras
-    default_sigmas = sigma_table(config.model.get("sigma_min", 0.01), config.model.get("sigma_max", 50.0))
-    state = OrderedDict({f"{PREFIX}sigmas": torch.tensor(np.asarray(extras.get("sigmas", default_sigmas)))})
+    sigmas = extras.get("sigmas", sigma_table(model.sigma_min, model.sigma_max))
+    state = OrderedDict({f"{PREFIX}sigmas": torch.tensor(np.asarray(sigmas))})
     state.update((PREFIX + name, tensor) for name, tensor in params.items())
     shadow = {
         "decay": float(extras.get("ema_decay", config.model.get("ema_rate", 0.9999))),

@@ -19,6 +19,8 @@ from models import resampling
 from models.torch_layout import entries_of
 from utils import InputError
 
+torch.set_num_threads(1)  # on images this small threads only wait for each other
+
 
 def tiny_config(image_size=8, num_channels=3, centered=True, k=1, **model):
     """A configuration whose network runs in a blink."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LEARNING_RATE = 1e-4  # of `checkpoint`
 ACTIVATIONS = {
     "swish": F.silu,
     "elu": F.elu,
@@ -349,7 +350,7 @@ def randomized(twin, seed=0, spread=0.3):
 
 def checkpoint(twin, *, step=10, updates=3, decay=0.999, prefix="module."):
     """What the public trainer saves: weights, EMA and Adam after `updates` updates on a loss of every output."""
-    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=LEARNING_RATE)
     trainable = [weight for weight in twin.parameters() if weight.requires_grad]
     shadow = [weight.detach().clone() for weight in trainable]
     size, colours = twin.data.image_size, twin.data.num_channels
