@@ -19,7 +19,8 @@ import sampling
 from utils import InputError
 
 FINE_STEPS, FINE_NOISES = 500, 128  # of the trajectories that adaptive divisions are found on (design.md section 3)
-EXACT_TOLERANCE = 1e-6  # what global truncation error is measured against
+# What global truncation error is measured against.
+EXACT = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
 TRAJECTORY_BYTES = 1 << 30  # of one device, for the states behind a straightness curve
 
 
@@ -163,17 +164,20 @@ def flow_shape(flow: Flow, params, measured, count: int, batch_size: int) -> Flo
     per_device = int(np.clip(-(-min(batch_size, count) // devices), 1, max(1, fits)))
 
     def measure(params, places):
-        noise = flow.noise(places)
-        solved = flow.solve(params, noise, save_trajectory=True)
-        exact = flow.solve(params, noise, method="ode", tol=EXACT_TOLERANCE, solver="dopri5", error_norm="batch")
-        error = sampling.truncation_error(solved.x, exact.x)
-        return sampling.straightness(solved.ts, solved.xs, measured), error
+        solved = flow.solve(params, flow.noise(places), save_trajectory=True)
+        return sampling.straightness(solved.ts, solved.xs, measured), solved.x
 
+    def solve_exactly(params, places):
+        return flow.solve(params, flow.noise(places), **EXACT).x
+
+    # Two programs: the second is the same for every sampler, and so compiled once for all evaluations of a model.
     batch = flow.program("shape", measure, params, per_device)
+    exact = flow.program("exact", solve_exactly, params, per_device)
     batches = []
     for first in _progress(range(0, count, per_device * devices), "straightness"):
-        shape, error = jax.device_get(batch(first))
-        batches.append((shape, error**2))
+        shape, x = batch(first)
+        errors = [sampling.truncation_error(*pair) ** 2 for pair in zip(x, exact(first), strict=True)]
+        batches.append((jax.device_get(shape), np.asarray(errors)))
     # Every batch and device has the same number of noises, so means of means are means.
     shape, square = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
     return FlowShape(

@@ -39,7 +39,7 @@ def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, cou
     picked = np.linspace(0, len(ts) - 1, min(10, len(ts))).astype(int)
     count = min(count, xs.shape[1])
     figure, (top, bottom) = _figure(rows=2, size=(8, 8))
-    rows = unscale(xs[picked][:, :count]).swapaxes(0, 1)
+    rows = np.pad(unscale(xs[picked][:, :count]).swapaxes(0, 1), _GAP, constant_values=1.0)
     tiles = rows.swapaxes(1, 2).reshape(count * rows.shape[2], len(picked) * rows.shape[3], rows.shape[4])
     top.imshow(np.repeat(tiles, 3, axis=-1) if tiles.shape[-1] == 1 else tiles, vmin=0, vmax=1)
     top.set(xticks=[], yticks=[], title="from noise (left) to data (right)")
@@ -47,6 +47,9 @@ def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, cou
     bottom.plot(ts, middle, linewidth=1)
     bottom.set(xlim=(1, 0), xlabel="t  (1: noise, 0: data)", ylabel="value of the middle pixel")
     _save(figure, path)
+
+
+_GAP = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a white line below and beside each image
 
 
 def draw_loss(path, steps, losses):

@@ -28,5 +28,5 @@ def get_config():
     )
     config.optim.update(lr=1e-3, warmup=100)
     config.sampling.update(tol=1e-3)
-    config.eval.update(batch_size=256, num_samples=2_048, straightness_samples=128)
+    config.eval.update(batch_size=256, num_samples=2_048, straightness_samples=64)
     return config
