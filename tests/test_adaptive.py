@@ -202,9 +202,9 @@ def test_full_size_trajectory_in_seconds_and_little_memory():
         np.multiply(data, s + np.exp(-8 * s), out=xs[m])
         xs[m] += noise
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: what others do to the machine does not count
     boundaries = adaptive.adaptive_boundaries(xs, 4)
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 20
     assert peak < 0.5 * xs.nbytes
