@@ -226,7 +226,7 @@ def export_file(path, weights: models.Weights, config):
 
     k = config.training.reflow_t if "training" in config else 1
     info = describe(config, "exported", np.linspace(1, 0, k + 1), str(path))
-    trees = {"params": weights.params, "ema_params": weights.ema_params, "mu": weights.mu, "nu": weights.nu}
+    trees = {name: getattr(weights, name) for name in (*_TREES, "extras")}
     arrays = {name: np.ascontiguousarray(a) for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
     info = {**info, "count": int(weights.count), "step": int(weights.step)}
     with atomic_path(path) as temporary:
@@ -242,7 +242,9 @@ def _load_file(path) -> tuple[models.Weights, dict]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         trees = flax.traverse_util.unflatten_dict(arrays, sep="/")
         count, step = info["count"], info["step"]
-        return models.Weights(**{name: trees[name] for name in _TREES}, count=count, step=step), info
+        return models.Weights(
+            **{name: trees[name] for name in _TREES}, extras=trees.get("extras", {}), count=count, step=step
+        ), info
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(
             f"{path} is not a file that SeqRF exported ({error}); PyTorch checkpoints go to training.import_torch"

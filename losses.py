@@ -1,5 +1,6 @@
 """What each stage learns (its targets), and the one weight update that all of them share (design.md section 4)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def rf_targets(keys: Key[Array, "b"], batch) -> Targets:
     def draw(key):
         noise_key, time_key = jax.random.split(key)
         tau = jax.random.uniform(time_key, minval=segments.EPS, maxval=1.0)
-        return jax.random.normal(noise_key, data.shape[1:]), tau
+        # Drawn flat: XLA on a CPU compiles a draw of several dimensions ten times longer.
+        return jax.random.normal(noise_key, (math.prod(data.shape[1:]),)).reshape(data.shape[1:]), tau
 
     noise, tau = jax.vmap(draw)(keys)
     x = _between(1.0 - tau, data, noise)

@@ -1,6 +1,7 @@
 """Sampling a network on all local devices, and what its flow is worth: quality, NFE, seconds, straightness, error."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,7 +47,9 @@ class Flow:
     def noise(self, places) -> Float[Array, "b h w c"]:
         """Noises number `places` [B] of the endless sequence that `seed` names."""
         key = jax.random.key(self.seed)
-        return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), self.image_shape))(places)
+        size = (math.prod(self.image_shape),)  # drawn flat, see `losses.rf_targets`
+        flat = jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), size))(places)
+        return flat.reshape(-1, *self.image_shape)
 
     def solve(self, params, noise, **changed) -> sampling.Samples:
         """`sampling.solve` with this flow's options, some of them `changed`."""
@@ -88,7 +91,7 @@ class Cost:
         self.nfe.append(np.asarray(samples.nfe))
         self.nfe_each.append(np.asarray(samples.nfe_each).ravel())
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | int]:
         """Mean network calls of a batch, of an image (mean and maximum), and seconds for 1000 samples."""
         each = np.concatenate(self.nfe_each)
         return {
@@ -124,7 +127,7 @@ def samples(flow: Flow, params, count: int, batch_size: int, cost: Cost) -> Iter
 
 def sample_quality(
     flow: Flow, params, count: int, batch_size: int, *, network, real, centered: bool
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Distances between `count` samples and the data set in a feature network, with the samples' cost.
 
     Args:

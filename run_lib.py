@@ -134,6 +134,8 @@ class _Run:
 
 
 def _train_stage(config, workdir, stage: Stage, log_name):
+    if stage.parent is None:
+        datasets.image_source(config.data)  # a data set that is missing is said before anything is compiled
     pairs = None if stage.parent is None else _pair_set(config, workdir)
     boundaries = segments.uniform_boundaries(1) if pairs is None else pairs.boundaries
     model = models.create_model(config)

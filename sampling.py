@@ -84,9 +84,10 @@ def solve(
       ValueError: an unknown name, a missing tol, predictor or num_scales, num_scales < k.
       InputError: a trajectory that would not fit into memory; the message has its size.
     """
-    boundaries = jnp.asarray(boundaries, jnp.float32)
     if method == "ode":
-        return _solve_adaptive(velocity, x, boundaries, tol, solver, error_norm, save_trajectory)
+        return _solve_adaptive(
+            velocity, x, jnp.asarray(boundaries, jnp.float32), tol, solver, error_norm, save_trajectory
+        )
     if method != "pc":
         raise ValueError(f"unknown sampling method {method!r}; use one of {', '.join(METHODS)}")
     if num_scales is None:

@@ -6,6 +6,7 @@ import logging
 import math
 import netrc
 import os
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -44,7 +45,7 @@ class Tracker:
             self.history = [line for line in lines if line["step"] <= resume_step]
         self._wandb = _wandb_run(workdir, name, config)
 
-    def log(self, step: int, values: dict[str, float]):
+    def log(self, step: int, values: dict[str, Any]):
         """Notes numbers at a step. They reach metrics.json at the next `flush`."""
         if not self._primary:
             return
