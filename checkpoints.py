@@ -227,7 +227,7 @@ def export_file(path, weights: models.Weights, config):
     k = config.training.reflow_t if "training" in config else 1
     info = describe(config, "exported", np.linspace(1, 0, k + 1), str(path))
     trees = {name: getattr(weights, name) for name in (*_TREES, "extras")}
-    arrays = {name: np.ascontiguousarray(a) for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
+    arrays = {name: np.asarray(a, order="C") for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
     info = {**info, "count": int(weights.count), "step": int(weights.step)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(arrays, metadata={"seqrf": json.dumps(info)}))

@@ -217,15 +217,35 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
         term = _ode_term(velocity, index)
         tau_start, tau_end = segments.tau_of_t(t_start), segments.tau_of_t(t_end)
         taus = (tau_start, tau_end, points)
-        # An FSAL solver is handed its first slope: left to itself it would compute it anew at every rejected first
-        # step, and nobody could count the calls.
-        f0 = term.vf(tau_start, x, None) if _is_fsal(solver) else jnp.zeros_like(x)
+        # The first slope chooses the first step's size, and an FSAL solver is handed it: left to itself it would
+        # compute it anew at every rejected first step, and nobody could count the calls.
+        f0 = term.vf(tau_start, x, None)
         end, steps, states = (each if error_norm == "sample" else batch)(term, x, f0, taus)
-        fixed = 2 + _is_fsal(solver)  # two calls choose the first step's size
-        nfe_each = jnp.broadcast_to(fixed + _calls_per_step(solver) * steps, x.shape[:1])
+        # Two calls choose the first step's size.
+        nfe_each = jnp.broadcast_to(2 + _calls_per_step(solver) * steps, x.shape[:1])
         return end, (jnp.max(nfe_each), nfe_each, states)
 
     return segment
+
+
+def _first_step(term, x, f0, span, tol, error_order):
+    """The first step's size as SciPy's RK45 chooses it (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
+
+    One call beyond f0. diffrax 0.7's own choice (dt0=None) is always 0.01: it looks for an ODETerm, and diffeqsolve
+    hands it a wrapped one.
+    """
+    start, end = span
+
+    def size(change):
+        return jnp.sqrt(jnp.mean((change / (tol + tol * jnp.abs(x))) ** 2))
+
+    slope = size(f0)
+    trial = jnp.where((size(x) < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size(x) / slope)
+    trial = jnp.minimum(trial, end - start)
+    bend = size(term.vf(start + trial, x + trial * f0, None) - f0) / trial
+    steepest = jnp.maximum(slope, bend)
+    step = jnp.where(steepest <= 1e-15, jnp.maximum(1e-6, 1e-3 * trial), (0.01 / steepest) ** (1 / error_order))
+    return jnp.minimum(jnp.minimum(100 * trial, step), end - start)
 
 
 def _integrate(term, solver, x, f0, taus, tol):
@@ -240,7 +260,7 @@ def _integrate(term, solver, x, f0, taus, tol):
         solver,
         t0=tau_start,
         t1=tau_end,
-        dt0=None,
+        dt0=_first_step(term, x, f0, (tau_start, tau_end), tol, solver.error_order(term)),
         y0=x,
         saveat=saveat,
         solver_state=(jnp.array(False), f0) if _is_fsal(solver) else None,
