@@ -87,8 +87,8 @@ class StepGrid(NamedTuple):
         return jnp.concatenate([self.t_from, self.t_to[-1:]])
 
 
-def step_grid(boundaries: Float[Array | np.ndarray, "k_plus_1"], num_scales: int) -> StepGrid:
-    """The steps of design.md section 3: `steps_per_segment`, uniform inside a segment.
+def step_grid(boundaries, num_scales: int) -> StepGrid:
+    """The steps of design.md section 3: `steps_per_segment`, uniform inside a segment; `boundaries` [k + 1] in t.
 
     Raises:
       ValueError: `num_scales` < k.
@@ -109,7 +109,7 @@ def step_grid(boundaries: Float[Array | np.ndarray, "k_plus_1"], num_scales: int
     )
 
 
-def step_grid_of_times(boundaries: Float[Array | np.ndarray, "k_plus_1"], ts) -> StepGrid:
+def step_grid_of_times(boundaries, ts) -> StepGrid:
     """The grid with the given N + 1 step times, which must contain every boundary (host values, not traced).
 
     Raises:
