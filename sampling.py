@@ -4,8 +4,10 @@ diffrax does the stepping. Ours are the segments, the exact count of network cal
 of design.md section 5.
 """
 
+import dataclasses
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import diffrax
 import jax
@@ -15,8 +17,17 @@ from jaxtyping import Array, Float, Int
 import segments
 from utils import InputError
 
+
+class Dopri5(diffrax.Dopri5):
+    """Dormand-Prince 5(4) with the error estimate of their paper, which SciPy uses too: diffrax's is 2/3 of it."""
+
+    tableau: ClassVar[diffrax.ButcherTableau] = dataclasses.replace(
+        diffrax.Dopri5.tableau, b_error=1.5 * diffrax.Dopri5.tableau.b_error
+    )
+
+
 SOLVERS = {
-    "dopri5": diffrax.Dopri5,
+    "dopri5": Dopri5,
     "tsit5": diffrax.Tsit5,
     "bosh3": diffrax.Bosh3,
     "heun": diffrax.Heun,
@@ -29,6 +40,7 @@ ERROR_NORMS = ("batch", "sample")
 # Past this many steps in one segment the tolerance is out of float32's reach: the samples become NaN, for the caller
 # to see, rather than the solve endless.
 MAX_STEPS = 16_384
+SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0  # of SciPy's step control
 TRAJECTORY_POINTS = 128  # of an adaptive solve, at least, over all segments
 
 
@@ -228,6 +240,10 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
     return segment
 
 
+def _root_mean_square(x):
+    return jnp.sqrt(jnp.mean(x**2))
+
+
 def _first_step(term, x, f0, span, tol, error_order):
     """The first step's size as SciPy's RK45 chooses it (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
 
@@ -237,7 +253,7 @@ def _first_step(term, x, f0, span, tol, error_order):
     start, end = span
 
     def size(change):
-        return jnp.sqrt(jnp.mean((change / (tol + tol * jnp.abs(x))) ** 2))
+        return _root_mean_square(change / (tol + tol * jnp.abs(x)))
 
     slope = size(f0)
     trial = jnp.where((size(x) < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size(x) / slope)
@@ -248,23 +264,56 @@ def _first_step(term, x, f0, span, tol, error_order):
     return jnp.minimum(jnp.minimum(100 * trial, step), end - start)
 
 
+class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
+    """Step control exactly as SciPy's RK45 does it, starting with `first_step`.
+
+    diffrax's PIDController never makes a step smaller after one that was accepted, and so runs nearer to the tolerance
+    than SciPy. And `diffeqsolve(dt0=...)` would check its sign by a call of the host in every solve: a round trip, and
+    XLA keeps no program that has one in its compilation cache.
+    """
+
+    rtol: float
+    atol: float
+    norm: Callable
+    first_step: Float[Array, ""]
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        """The end of the first step; the state: whether the step before was rejected."""
+        return t0 + self.first_step, jnp.array(False)
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+        """Keeps the step if its scaled error is below 1, and sizes the next by it: SAFETY error^(-1 / order)."""
+        scale = self.atol + self.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1_candidate))
+        error = self.norm(y_error / scale)
+        kept = error < 1  # false for NaN
+        factor = jnp.nan_to_num(SAFETY * error ** (-1 / error_order), nan=0.0, posinf=MAX_FACTOR)
+        most = jnp.where(controller_state, 1.0, MAX_FACTOR)
+        factor = jnp.where(kept, jnp.minimum(factor, most), jnp.maximum(factor, MIN_FACTOR))
+        start = jnp.where(kept, t1, t0)
+        return kept, start, start + factor * (t1 - t0), False, ~kept, diffrax.RESULTS.successful
+
+
 def _integrate(term, solver, x, f0, taus, tol):
-    """One adaptive solve with SciPy RK45's step control: (end, number of steps, states at `points` times or None)."""
+    """One adaptive solve under SciPy RK45's step control: (end, number of steps, states at `points` times or None)."""
     tau_start, tau_end, points = taus
     saveat = diffrax.SaveAt(t1=True)
     if points is not None:
         inner = tau_start + (tau_end - tau_start) * (jnp.arange(1, points) / points)
         saveat = diffrax.SaveAt(ts=inner, t1=True)
+    first_step = _first_step(term, x, f0, (tau_start, tau_end), tol, solver.error_order(term))
     solution = diffrax.diffeqsolve(
         term,
         solver,
         t0=tau_start,
         t1=tau_end,
-        dt0=_first_step(term, x, f0, (tau_start, tau_end), tol, solver.error_order(term)),
+        dt0=None,
         y0=x,
         saveat=saveat,
         solver_state=(jnp.array(False), f0) if _is_fsal(solver) else None,
-        stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol, safety=0.9, factormin=0.2, factormax=10.0),
+        stepsize_controller=_ScipyControl(rtol=tol, atol=tol, norm=_root_mean_square, first_step=first_step),
         adjoint=diffrax.ForwardMode(),
         max_steps=MAX_STEPS,
         throw=False,

@@ -116,6 +116,13 @@ def test_time_grid_is_followed():
         sampling.solve(curved, NOISE, [1.0, 0.4, 0.0], method="pc", num_scales=3, time_grid=grid)
 
 
+@pytest.mark.parametrize("options", [{"method": "ode", "tol": 1e-3}, {"method": "pc", "num_scales": 4}], ids=str)
+def test_a_solve_never_calls_the_host(options):
+    # A round trip in every solve; and XLA keeps no program that has one in its compilation cache.
+    program = jax.make_jaxpr(lambda x: sampling.solve(curved, x, [1.0, 0.5, 0.0], **options))(NOISE)
+    assert "callback" not in str(program)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

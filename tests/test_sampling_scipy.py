@@ -105,8 +105,14 @@ def test_adaptive_solver_beside_scipy(tol, boundaries):
     theirs, nfe = scipy_solve(lambda x, tau, i: gaussian_slope(x, tau), z, boundaries, tol)
     assert rms(ours.x - exact) <= 3 * rms(theirs - exact) + tol
     assert int(ours.nfe) <= 1.25 * nfe + 12 * (len(boundaries) - 1)
-    # Not by spending nothing either: a fifth-order method cannot do this in a handful of calls.
-    assert int(ours.nfe) >= 0.5 * nfe
+    # The same steps, but for one in a segment that is just kept here and just rejected there.
+    assert abs(int(ours.nfe) - nfe) <= 6 * (len(boundaries) - 1)
+
+
+def test_the_error_estimate_is_that_of_scipys_dormand_prince():
+    tableau = sampling.Dopri5.tableau
+    np.testing.assert_allclose(np.abs(tableau.b_error), np.abs(integrate.RK45.E), atol=1e-15)
+    np.testing.assert_allclose(tableau.b_sol[:-1], integrate.RK45.B, atol=1e-15)
 
 
 def test_every_image_with_its_own_steps_is_that_image_alone():
@@ -115,7 +121,8 @@ def test_every_image_with_its_own_steps_is_that_image_alone():
     together = solved(gaussian_velocity, z, (1, 0.7, 0), error_norm="sample", **options)
     for place in range(4):
         alone = solved(gaussian_velocity, z[place : place + 1], (1, 0.7, 0), **options)
-        np.testing.assert_allclose(together.x[place], alone.x[0], rtol=1e-4, atol=1e-4)
+        # One step more or less, where a step is just kept or just rejected, is worth a few times the tolerance.
+        np.testing.assert_allclose(together.x[place], alone.x[0], rtol=5e-4, atol=5e-4)
         assert abs(int(together.nfe_each[place]) - int(alone.nfe)) <= 6
     assert rms((together.x - gaussian_flow(z, 1.0)) / np.maximum(1, np.abs(z))) < 1e-3
 

@@ -1,0 +1,120 @@
+"""Holds the samplers against SciPy, and adaptive segments against uniform ones, on a trained 1-RF.
+
+python scripts/check_samplers.py [WORKDIR]           (default runs/digits, where the quickstart trains one; minutes)
+
+Adaptive solves beside SciPy's RK45, which steps the same network from the host: both errors are root mean squares over
+pixels against SciPy's solve at tolerance 1e-7. Ours may be at most three times SciPy's plus the tolerance, and its
+network calls at most 1.25 times SciPy's plus 12 a segment.
+
+SeqRF-Ada's boundaries are found on some noises; sequential straightness over them and over uniform ones is then
+measured on others, with the adaptive solver's trajectories. The exit status is 1 if a line ends in MISSED.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import integrate
+
+import adaptive
+import checkpoints
+import measurement
+import models
+import sampling
+import segments
+from configs.rf import digits_rf_continuous
+from utils import InputError
+
+IMAGES = 64  # solved together, whose steps they share
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
+REFERENCE = 1e-7
+NOISES = 128  # that sequential straightness is averaged over
+
+
+def scipy_solve(network, z: np.ndarray, boundaries, tol: float) -> tuple[np.ndarray, int]:
+    """(end, network calls) of SciPy's RK45 from the host, its state in float64, started anew in each segment."""
+    x, calls = np.asarray(z, np.float64), 0
+    for i, span in enumerate(itertools.pairwise(segments.tau_of_t(np.asarray(boundaries, np.float64)))):
+
+        def slope(tau, flat, i=i):
+            t = jnp.full(len(z), segments.t_of_tau(tau), jnp.float32)
+            v = network(jnp.asarray(flat.reshape(z.shape), jnp.float32), t, jnp.full(len(z), i, jnp.int32))
+            return np.asarray(v, np.float64).ravel()
+
+        solution = integrate.solve_ivp(slope, span, x.ravel(), method="RK45", rtol=tol, atol=tol)
+        x, calls = solution.y[:, -1].reshape(z.shape), calls + solution.nfev
+    return x, calls
+
+
+def root_mean_square(difference) -> float:
+    """Over all pixels and images."""
+    return float(np.sqrt(np.mean(np.square(difference))))
+
+
+def check_solver(velocity, z, k: int) -> bool:
+    """Prints a line for each tolerance; True if all are within their bounds."""
+    network, boundaries, good = jax.jit(velocity), segments.uniform_boundaries(k), True
+    exact, _ = scipy_solve(network, z, boundaries, REFERENCE)
+    for tol in TOLERANCES:
+        ours = jax.jit(lambda z, tol=tol: sampling.solve(velocity, z, boundaries, method="ode", tol=tol))(z)
+        theirs, calls = scipy_solve(network, z, boundaries, tol)
+        error, their_error = root_mean_square(ours.x - exact), root_mean_square(theirs - exact)
+        held = error <= 3 * their_error + tol and int(ours.nfe) <= 1.25 * calls + 12 * k
+        good &= held
+        print(
+            f"k = {k}, tol {tol:g}: error {error:.2e}, SciPy {their_error:.2e}; NFE {int(ours.nfe)}, SciPy {calls}"
+            + ("" if held else "   MISSED"),
+            flush=True,
+        )
+    return good
+
+
+def check_adaptive(flow: measurement.Flow, params, distances, k: int) -> bool:
+    """Prints both sequential straightnesses on noises that the boundaries were not chosen on; True if it fell."""
+    division = adaptive.best_division(distances, k)
+    others = measurement.Flow(flow.model, flow.boundaries, flow.image_shape, flow.options, flow.seed + 1)
+    shapes = {
+        name: measurement.flow_shape(others, params, boundaries, NOISES, NOISES).sequential_straightness
+        for name, boundaries in (("uniform", segments.uniform_boundaries(k)), ("adaptive", division.boundaries))
+    }
+    good = shapes["adaptive"] <= shapes["uniform"]
+    print(
+        f"k = {k}: sequential straightness uniform {shapes['uniform']:.4g}, adaptive {shapes['adaptive']:.4g} with "
+        f"boundaries {np.round(division.boundaries, 3).tolist()}" + ("" if good else "   MISSED"),
+        flush=True,
+    )
+    return good
+
+
+def main() -> int:
+    """The script; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", nargs="?", default="runs/digits")
+    workdir = parser.parse_args().workdir
+    config = digits_rf_continuous.get_config()
+    try:
+        params = checkpoints.load_weights(Path(workdir) / "1_rf", config).ema_params
+    except InputError as error:
+        sys.exit(f"error: {error}; bash scripts/quickstart.sh trains one")
+    model, shape = models.create_model(config), (config.data.image_size, config.data.image_size, 1)
+    z = np.random.default_rng(0).standard_normal((IMAGES, *shape), np.float32)
+    good = [check_solver(models.velocity_fn(model, params), z, 1)]
+    options = {"method": "ode", "tol": 1e-4, "solver": "dopri5", "error_norm": "batch"}
+    flow = measurement.Flow(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
+    distances = measurement.fine_distances(flow, params)
+    good += [check_adaptive(flow, params, distances, k) for k in (2, 4)]
+    # The same weights in every segment of a network with two heads: segments change where the solver starts anew.
+    config.training.reflow_t = 2
+    params = checkpoints.load_weights(Path(workdir) / "1_rf", config).ema_params
+    good.append(check_solver(models.velocity_fn(models.create_model(config), params), z, 2))
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
