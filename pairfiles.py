@@ -8,16 +8,19 @@ and what a reader holds does not depend on the size of the files.
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
+from isal import isal_zlib
 
 from utils import InputError, atomic_path
 
@@ -103,6 +106,7 @@ class PairFile:
     def __init__(self, path):
         self.path = epath.Path(path)
         self._loaded = {}
+        self._one_place = threading.Lock()  # the open file is at one place at a time: whole arrays are read in turn
         try:
             # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
             self._file = io.FileIO(self.path) if _is_local(path) else self.path.open("rb")
@@ -130,7 +134,7 @@ class PairFile:
     def array(self, name: str) -> np.ndarray:
         """The whole array `name`, from a file of whatever layout; its checksum is verified on the way."""
         member = self._members[name]
-        with self._broken_unless_read(), zipfile.ZipFile(self._file) as archive:
+        with self._one_place, self._broken_unless_read(), zipfile.ZipFile(self._file) as archive:
             content = archive.read(member.info)
         flat = np.frombuffer(content, member.dtype, offset=member.header)
         return flat.reshape(member.shape, order="F" if member.fortran else "C")
@@ -213,13 +217,12 @@ class PairFile:
     def _pread(self, member, rows, out, places):
         size = member.row_bytes
         flat = memoryview(out).cast("B")
-        first = member.start + member.header
-        descriptor = self._file.fileno()
+        targets = [[flat[start : start + size]] for start in (places * size).tolist()]
+        offsets = (member.start + member.header + rows.astype(np.int64) * size).tolist()
         try:
-            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                target = flat[place * size : (place + 1) * size]
-                if os.preadv(descriptor, [target], first + row * size) != size:
-                    raise self.broken("it has been cut off since it was opened")
+            got = map(os.preadv, itertools.repeat(self._file.fileno()), targets, offsets)
+            if any(count != size for count in got):
+                raise self.broken("it has been cut off since it was opened")
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
 
@@ -231,7 +234,7 @@ class PairFile:
                 got = os.preadv(self._file.fileno(), [block[: end - place]], place)
                 if not got:
                     raise self.broken("it has been cut off since it was opened")
-                crc, place = zlib.crc32(block[:got], crc), place + got
+                crc, place = isal_zlib.crc32(block[:got], crc), place + got
         return crc
 
     def broken(self, reason):

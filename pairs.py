@@ -269,13 +269,12 @@ class _OpenPairs:
     def __init__(self, file, index, starts):
         self.file, self.index, self._starts = file, index, starts
 
-    def read(self, rows, x0, x1, places):
-        """x0[places], x1[places] = the file's rows."""
-        self.file.read_rows("x0", rows, x0, places)
-        if self._starts is None:
-            self.file.read_rows("x1", rows, x1, places)
+    def read(self, name, rows, out, places):
+        """out[places] = the file's rows of x0 or x1."""
+        if name == "x1" and self._starts is not None:
+            out[places] = self._starts.rows(rows)
         else:
-            x1[places] = self._starts.rows(rows)
+            self.file.read_rows(name, rows, out, places)
 
 
 class _Group:
@@ -284,6 +283,7 @@ class _Group:
     def __init__(self, pairs, places, seed):
         with contextlib.ExitStack() as opened:
             self._files = []
+            self._readers = opened.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pairs-rows"))
             for place in places:
                 self._files.append(pairs.open_pairs(place))
                 opened.callback(self._files[-1].file.close)
@@ -297,9 +297,17 @@ class _Group:
         rows = self._mixed[first : first + count]
         batch["index"][at : at + count] = self._index[rows]
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
+        reads = []
         for number in np.unique(owner):
             mine = np.flatnonzero(owner == number)
-            self._files[number].read(rows[mine] - self._firsts[number], batch["x0"], batch["x1"], at + mine)
+            places = rows[mine] - self._firsts[number], at + mine
+            for name in ("x0", "x1"):  # at the same time
+                reads.append(self._readers.submit(self._read, number, name, batch[name], *places))
+        for read in reads:
+            read.result()
+
+    def _read(self, number, name, out, rows, places):
+        self._files[number].read(name, rows, out, places)
 
 
 class _Stream:

@@ -28,12 +28,13 @@ from flax import jax_utils
 import datasets
 import models
 import pairfiles
+import pairplan
 import reflow
 import segments
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
 PARTS = ["reading", "writing", "memory", "generation"]
-PAIRS, SHAPE, BATCH, RUNS, ROUNDS = 10_000, (32, 32, 3), 512, 3, 4
+PAIRS, SHAPE, BATCH, RUNS, ROUNDS = 10_000, (32, 32, 3), 512, 5, 4
 
 
 def seconds_of(action) -> float:
@@ -74,6 +75,24 @@ def cifar_pairs() -> dict[str, np.ndarray]:
     return {"x0": x0, "x1": x1, "t0": np.zeros(PAIRS, np.float32), "t1": np.ones(PAIRS, np.float32)}
 
 
+def plan_of(folder: Path, **what) -> reflow.PairPlan:
+    """The plan of a set of float32 pairs; `what` says its boundaries, pairs, file size, image shape and data set."""
+    return reflow.plan_pairs(
+        folder=folder,
+        dtype="float32",
+        store_noise=True,
+        centered=True,
+        flip=True,
+        dequantize=False,
+        seed=0,
+        teacher="bench",
+        tol=1e-3,
+        solver="dopri5",
+        error_norm="batch",
+        **what,
+    )
+
+
 def take(iterator, batches: int) -> None:
     """Reads the next batches."""
     for _ in itertools.islice(iterator, batches):
@@ -101,7 +120,18 @@ def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
     arrays = cifar_pairs()
     size = sum(array.nbytes for array in arrays.values())
     path, compressed = folder / "set" / pairfiles.file_name(1), folder / "compressed.npz"
+    plan = plan_of(
+        path.parent,
+        boundaries=segments.uniform_boundaries(1),
+        pairs=PAIRS,
+        file_size=PAIRS,
+        image_shape=SHAPE,
+        dataset="noise",
+        dataset_size=PAIRS,
+    )
+    pairplan.begin_manifest(plan, {})
     write = median_seconds(lambda: pairfiles.write_pairs(path, arrays))
+    pairplan.complete_manifest(plan)
     write_compressed = median_seconds(lambda: np.savez_compressed(compressed, **arrays))
     if "writing" in parts:
         report.say("writing, MB/s, on the disk before it counts", f"{size / write / 1e6:8.0f}")
@@ -201,24 +231,14 @@ def bench_generation(report: Report, folder: Path, name: str, config, pairs: int
     call = network_call(make_velocity, params, shape, batch_size)
     pixels = np.random.default_rng(0).integers(0, 256, (1000, *shape)).astype(np.uint8)
     images = datasets.ArraySource("noise", pixels)
-    plan = reflow.plan_pairs(
-        folder=folder / name / "reflow_batch",
+    plan = plan_of(
+        folder / name / "reflow_batch",
         boundaries=segments.uniform_boundaries(2),
         pairs=pairs,
         file_size=pairs // ROUNDS,
-        dtype="float32",
-        store_noise=True,
         image_shape=shape,
         dataset=images.identity,
         dataset_size=images.size,
-        centered=True,
-        flip=True,
-        dequantize=False,
-        seed=0,
-        teacher="bench",
-        tol=1e-3,
-        solver="dopri5",
-        error_norm="batch",
     )
     expected, timed, summaries = 0.0, [seconds_of(call) for _ in range(10)], []
     for number in range(1, ROUNDS + 1):
@@ -254,8 +274,8 @@ def main() -> int:
             bench_memory(report, folder)
         if "generation" in parts:
             digits = digits_rf_continuous.get_config()
-            bench_generation(report, folder, "digits network", digits, pairs=2000, batch_size=250)
-            bench_generation(report, folder, "32 x 32 network", small_network_config(), pairs=128, batch_size=16)
+            bench_generation(report, folder, "digits network", digits, pairs=8000, batch_size=250)
+            bench_generation(report, folder, "32 x 32 network", small_network_config(), pairs=256, batch_size=16)
     return int(report.missed)
 
 

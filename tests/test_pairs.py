@@ -155,7 +155,8 @@ def test_few_files_are_open_and_none_after_the_end(whole_set):
         for _ in range(40):
             next(iterator)
             assert open_files() <= 3 * pairs.GROUP_FILES
-            assert len(threads()) == 2
+            # One opens files, one makes batches, and up to two for each group of open files read their rows.
+            assert 2 <= len(threads()) <= 6
         if end == "close":
             iterator.close()
         del iterator
