@@ -7,9 +7,12 @@ time: they are the same bits on every machine and in every batch, so that a star
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import math
+import os
+import uuid
 
 import numpy as np
 from etils import epath
@@ -24,6 +27,8 @@ FORMAT = 1  # of the manifest and of how pairs follow from it
 DTYPES = ("float32", "float16")
 SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
 FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
+# Where a manifest cannot be linked into its place, or is on no disk at all (an object store has no such local path).
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOENT, errno.ENOSYS)
 
 logger = logging.getLogger("seqrf")
 
@@ -209,10 +214,42 @@ def read_manifest(folder) -> dict | None:
     return manifest
 
 
+def _as_text(manifest: dict) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
 def write_manifest(folder, manifest: dict) -> None:
     """Writes the manifest of the set in `folder`, whole or not at all."""
     with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        temporary.write_text(_as_text(manifest))
+
+
+def _claimed_manifest(folder, manifest: dict) -> dict:
+    """Writes the first manifest of a set, and returns what is there then: of workers that begin at once, one wins.
+
+    SeqRF-Ada's boundaries depend on the hardware in their last bits; files of two divisions must never mix.
+    """
+    path = epath.Path(folder) / MANIFEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim = path.parent / f".{MANIFEST}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        claim.write_text(_as_text(manifest))
+        _link_or_write(claim, folder, manifest)
+    finally:
+        claim.unlink(missing_ok=True)
+    return read_manifest(folder)
+
+
+def _link_or_write(claim, folder, manifest):
+    """Gives the claim the manifest's name unless that is taken; where the disk knows no links, writes it anyway."""
+    try:
+        os.link(claim, epath.Path(folder) / MANIFEST)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        write_manifest(folder, manifest)
 
 
 def begin_manifest(plan: PairPlan, extra: dict) -> dict:
@@ -221,13 +258,12 @@ def begin_manifest(plan: PairPlan, extra: dict) -> dict:
     Raises:
       InputError: the folder holds another set; the message names the first entry that differs.
     """
+    there = pairfiles.pair_file_numbers(plan.folder)  # before the manifest, which another worker may be writing now
     manifest = read_manifest(plan.folder)
     if manifest is None:
-        if pairfiles.pair_file_numbers(plan.folder):
+        if there:
             raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
-        manifest = {"complete": False} | plan.definition() | extra
-        write_manifest(plan.folder, manifest)
-        return manifest
+        manifest = _claimed_manifest(plan.folder, {"complete": False} | plan.definition() | extra)
     for name, wanted in plan.definition().items():
         if manifest.get(name) != wanted:
             raise InputError(

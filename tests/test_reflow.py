@@ -358,6 +358,20 @@ def test_a_solve_that_misses_its_tolerance_stores_nothing(tmp_path):
     assert not list((tmp_path / "p").glob("*.npz"))
 
 
+def test_of_two_workers_that_begin_at_once_one_manifest_wins(tmp_path, monkeypatch):
+    first, second = pair_maker.plan(tmp_path / "p"), pair_maker.plan(tmp_path / "p", boundaries=[1, 0.6, 0.3, 0])
+    pairplan.begin_manifest(first, {})
+    before = (tmp_path / "p" / "manifest.json").read_bytes()
+    # The second looked before the first wrote.
+    looks = iter([None])
+    real = pairplan.read_manifest
+    monkeypatch.setattr(pairplan, "read_manifest", lambda folder: next(looks, real(folder)))
+    with pytest.raises(InputError, match="boundaries"):
+        pairplan.begin_manifest(second, {})
+    assert (tmp_path / "p" / "manifest.json").read_bytes() == before
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["manifest.json"]
+
+
 def test_extra_entries_stay_in_the_manifest(tmp_path):
     plan = pair_maker.plan(tmp_path / "p", pairs=3)
     params = {"one": np.float32(1)}
