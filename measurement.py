@@ -127,21 +127,26 @@ def samples(flow: Flow, params, count: int, batch_size: int, cost: Cost) -> Iter
 
 def sample_quality(
     flow: Flow, params, count: int, batch_size: int, *, network, real, centered: bool
-) -> dict[str, float | int]:
+) -> tuple[dict[str, float | int], Float[np.ndarray, "n h w c"]]:
     """Distances between `count` samples and the data set in a feature network, with the samples' cost.
 
     Args:
       network: an `evaluation.FeatureNetwork`; real: [n, d] its features of the data set.
       centered: whether the flow's images are in [-1, 1] rather than [0, 1].
+
+    Returns:
+      The numbers by name, and the first batch of the samples, in [0, 1].
     """
-    cost, features, logits = Cost(), [], []
+    cost, features, logits, shown = Cost(), [], [], None
     for x in samples(flow, params, count, batch_size, cost):
-        images = (255 * datasets.unscale(x, centered) + 0.5).astype(np.uint8)
+        unit = datasets.unscale(x, centered)
+        shown = unit if shown is None else shown
+        images = (255 * unit + 0.5).astype(np.uint8)
         batch_features, batch_logits = network.features_and_logits(images)
         features.append(batch_features)
         logits.append(batch_logits)
     distances = evaluation.sample_distances(network.name, real, np.concatenate(features), np.concatenate(logits))
-    return {**distances, **cost.summary()}
+    return {**distances, **cost.summary()}, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +179,8 @@ def flow_shape(flow: Flow, params, measured, count: int, batch_size: int) -> Flo
         return flow.solve(params, flow.noise(places), **EXACT).x
 
     # Two programs: the second is the same for every sampler, and so compiled once for all evaluations of a model.
-    batch = flow.program("shape", measure, params, per_device)
+    name = f"shape over {np.asarray(measured, np.float32).tolist()}"  # which are part of the program
+    batch = flow.program(name, measure, params, per_device)
     exact = flow.program("exact", solve_exactly, params, per_device)
     batches = []
     for first in _progress(range(0, count, per_device * devices), "straightness"):

@@ -7,9 +7,12 @@ estimators in TensorFlow. TF-GAN's own estimator classes stay unusable, as they 
 """
 
 import contextlib
+import threading
 import warnings
 
 import datasets
+
+_IMPORTING = threading.Lock()  # only one thread at a time may stand in for the estimators
 
 
 class _Estimators(type):
@@ -45,7 +48,12 @@ def tensorflow_gan():
     import tensorflow.compat.v1 as tf1
 
     tf.get_logger().setLevel("ERROR")  # TF-GAN calls functions that TensorFlow deprecates, at length, on the terminal
-    with _estimators_stood_in_for(tf, tf1), warnings.catch_warnings():
+    with _IMPORTING, _estimators_stood_in_for(tf, tf1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it and TF-Hub import what setuptools deprecates; setuptools is pinned
         import tensorflow_gan as tfgan
     return tfgan
+
+
+def import_in_background() -> None:
+    """Starts the import, so that it is done by the time that other seconds of work, such as compiling, are."""
+    threading.Thread(target=tensorflow_gan, name="import-tfgan").start()

@@ -31,25 +31,25 @@ say "1/5 train 1-RF"
 say "2/5 generate pairs for 2 segments"
 "${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=gen_reflow
 say "3/5 train 2-SeqRF"
-"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_reflow --config.training.n_iters=1200 \
-  --config.optim.lr=5e-4 --config.training.snapshot_freq=1200 --config.model.ema_rate=0.995 "${fixed_ema[@]}"
+"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_reflow --config.training.n_iters=750 \
+  --config.optim.lr=2e-3 --config.training.snapshot_freq=750 --config.model.ema_rate=0.995 "${fixed_ema[@]}"
 say "4/5 distil it to one call a segment"
-"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_distill --config.training.n_iters=1000 \
-  --config.optim.lr=5e-4 --config.training.snapshot_freq=1000 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
+"${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_distill --config.training.n_iters=300 \
+  --config.optim.lr=1e-3 --config.training.snapshot_freq=300 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
   "${euler[@]}" --config.model.num_scales=2
 
 say "5/5 evaluate"
-first=(--config.model.rf_phase=1 --config.training.reflow_t=2 --config.eval.begin_step=2500)
+first=(--config.model.rf_phase=1 --config.training.reflow_t=2 --config.eval.begin_step=1400)
 evaluate 1rf_ode "${first[@]}" --config.eval.save_trajectory=True
 for n in 1 2 4 8; do
   evaluate "1rf_euler_$n" "${first[@]}" "${euler[@]}" --config.model.num_scales="$n"
 done
-second=("${reflow[@]}" --config.eval.begin_step=1200)
+second=("${reflow[@]}" --config.eval.begin_step=750)
 evaluate 2seqrf_ode "${second[@]}" --config.eval.save_trajectory=True
 for n in 2 4; do
   evaluate "2seqrf_euler_$n" "${second[@]}" "${euler[@]}" --config.model.num_scales="$n"
 done
-evaluate 2distill_euler_2 "${reflow[@]}" --config.eval.reflow_mode=eval_distill --config.eval.begin_step=1000 \
+evaluate 2distill_euler_2 "${reflow[@]}" --config.eval.reflow_mode=eval_distill --config.eval.begin_step=300 \
   "${euler[@]}" --config.model.num_scales=2
 
 .venv/bin/python scripts/report.py "$workdir"

@@ -9,7 +9,7 @@ from configs.default import get_default_config
 
 
 def get_config():
-    """A 195,000-parameter network, 2500 updates of 1-RF."""
+    """A 195,000-parameter network, 1400 updates of 1-RF."""
     config = get_default_config()
 
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
@@ -17,16 +17,16 @@ def get_config():
     config.model.update(ema_rate=0.999)
     config.training.update(
         batch_size=64,
-        n_iters=2_500,
+        n_iters=1_400,
         n_jitted_steps=1,
         log_freq=100,
-        snapshot_freq=2_500,
+        snapshot_freq=1_400,
         snapshot_freq_for_preemption=500,
-        n_reflow_data=8_192,
+        n_reflow_data=4_096,
         gen_reflow_size=256,
         reflow_file_size=1_024,
     )
     config.optim.update(lr=1e-3, warmup=100)
     config.sampling.update(tol=1e-3)
-    config.eval.update(batch_size=256, num_samples=2_048, straightness_samples=64)
+    config.eval.update(batch_size=256, num_samples=2_048, straightness_samples=32)
     return config
