@@ -24,6 +24,7 @@ import models
 import pictures
 import reflow
 import segments
+import tfgan_compat
 import tracking
 from configs.check import check_batches, check_config, is_given, segments_of
 from utils import InputError
@@ -112,7 +113,9 @@ def _checked(config, mode):
     if not jax.config.jax_compilation_cache_dir:
         cache = epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     check_batches(config, mode, devices=jax.device_count(), local_devices=jax.local_device_count())
     return config
 
@@ -239,7 +242,7 @@ def _keep(run: _Run, state: losses.TrainState):
     run.tracker.picture(step, "samples", path)
     if config.training.snapshot_fid_sample:
         network, real = _features(config)
-        quality = measurement.sample_quality(
+        quality, _ = measurement.sample_quality(
             flow,
             params,
             config.training.snapshot_fid_sample,
@@ -417,13 +420,14 @@ def _generate_pairs(config, workdir, log_name):
 def _pair_boundaries(config, workdir, model, teacher):
     """(boundaries, what the manifest says of them): those of pairs begun before, else SeqRF-Ada's, else uniform."""
     k = config.training.reflow_t
-    manifest = reflow.read_manifest(workdir / PAIRS)
-    if manifest is not None and manifest["k"] == k and manifest.get("adaptive") == config.training.adaptive_interval:
-        return np.float32(manifest["boundaries"]), {}
+    if (begun := _begun_boundaries(config, workdir)) is not None:
+        return begun, {}
     if not config.training.adaptive_interval:
         return segments.uniform_boundaries(k), {"adaptive": False}
     flow = _flow(config, model, segments.uniform_boundaries(k))
     division = adaptive.best_division(measurement.fine_distances(flow, teacher), k)
+    if (begun := _begun_boundaries(config, workdir)) is not None:
+        return begun, {}  # another worker, perhaps with other hardware, was first: its division is the set's
     logger.info(
         "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", division.boundaries, division.cost, division.uniform_cost
     )
@@ -433,6 +437,15 @@ def _pair_boundaries(config, workdir, model, teacher):
         "cost_adaptive": division.cost,
         "cost_uniform": division.uniform_cost,
     }
+
+
+def _begun_boundaries(config, workdir):
+    """The boundaries of the pairs that are begun in this workdir; None if there are none of this kind."""
+    manifest = reflow.read_manifest(workdir / PAIRS)
+    kind = (config.training.reflow_t, config.training.adaptive_interval)
+    if manifest is None or (manifest["k"], manifest.get("adaptive")) != kind:
+        return None
+    return np.float32(manifest["boundaries"])
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -464,6 +477,7 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
         if tracking.read_json(target / "metrics.json", {}).get("settings") == settings:
             logger.info("%s is measured already", target)
             continue
+        tfgan_compat.import_in_background()  # while the samplers are compiled
         values = _measure(config, flow, params, network, real, target)
         named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
         tracking.write_json(target / "metrics.json", {**named, **values, "settings": settings})
@@ -543,10 +557,10 @@ def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
     batch_size = config.eval.batch_size
     measured = _measured_boundaries(config, flow)
     shape = measurement.flow_shape(flow, params, measured, config.eval.straightness_samples, batch_size)
-    quality = measurement.sample_quality(
+    quality, images = measurement.sample_quality(
         flow, params, config.eval.num_samples, batch_size, network=network, real=real, centered=centered
     )
-    _draw_samples(flow, params, centered, folder / "samples.png")
+    pictures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
     curves = {"straightness": shape.curve, "sequential straightness": shape.sequential_curve}
     pictures.draw_straightness(folder / "straightness.png", shape.ts, curves, measured)
     tracking.write_arrays(

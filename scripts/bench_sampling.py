@@ -57,11 +57,13 @@ def random_velocity(config, seed=0):
     return models.velocity_fn(model, jax.tree.unflatten(tree, shaken))
 
 
-def image_shape(config):
+def image_shape(config) -> tuple[int, int, int]:
+    """(H, W, C) of the configuration's images."""
     return config.data.image_size, config.data.image_size, config.data.num_channels
 
 
 def seconds(job) -> float:
+    """Wall seconds of a job, until what it returns is computed."""
     start = time.perf_counter()
     jax.block_until_ready(job())
     return time.perf_counter() - start
@@ -119,6 +121,7 @@ def one_round(network, solve, nfe: int, host) -> tuple[float, float, float]:
 
 
 def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times) -> dict:
+    """Medians over the rounds' (seconds of a call, of a solve, of SciPy's), by name."""
     call, solved, host = (statistics.median(column) for column in zip(*times, strict=True))
     found = {
         "network": case.name,
@@ -151,6 +154,7 @@ def line(found: dict) -> str:
 
 
 def main():
+    """The script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also the full-size CIFAR-10 network (minutes on a CPU)")
     parser.add_argument("--rounds", type=int, default=7, help="timed solves of each kind (default 7)")

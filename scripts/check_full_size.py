@@ -75,6 +75,7 @@ def _noise(config):
 
 
 def main():
+    """The script: every job of every network named on the command line; ends with an error if a value is not finite."""
     for name in sys.argv[1:] or ["cifar10", "church"]:
         config = importlib.import_module(f"configs.rf.{name}_rf_continuous").get_config()
         model = models.create_model(config)

@@ -49,6 +49,7 @@ def table(metrics: list[dict], fid: str) -> str:
 
 
 def main():
+    """The script: prints the table, writes it to report.md and draws the figure beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
     workdir = parser.parse_args().workdir

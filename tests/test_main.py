@@ -1,7 +1,9 @@
 """What users type, as they type it: real processes, wrong input, time and exit code."""
 
+import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +14,21 @@ import pytest
 
 import checkpoints
 import models
-from configs.rf import cifar10_rf_continuous
+from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/rf/digits_rf_continuous.py"
 CIFAR = "--config=configs/rf/cifar10_rf_continuous.py"
 REFLOW = "--config.model.rf_phase=2"
 FOUR_SEGMENTS = [REFLOW, "--config.training.reflow_t=4"]
+
+
+def start(*arguments, workdir, devices, **environment):
+    """A started `python main.py ...` that sees so many devices."""
+    environment = os.environ | environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "main.py", f"--workdir={workdir}", *arguments]
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **merged)
 
 
 def run(*arguments, workdir):
@@ -90,6 +100,54 @@ def test_photographs_without_inception_are_refused_at_once(tmp_path):
     assert len(errors) == 1
     assert str(tmp_path / "inception") in errors[0]
     assert seconds < 20
+
+
+def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEQRF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
+    config = digits_rf_continuous.get_config()
+    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
+    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
+    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
+    sizes = ["--config.eval.num_samples=16", "--config.eval.batch_size=16", "--config.eval.straightness_samples=4"]
+    given = [f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}", "--config.eval.save_trajectory=True"]
+    kept = []
+    for folder in ("first", "second"):
+        evaluate = [DIGITS, "--mode=eval", f"--eval_folder={folder}", "--config.sampling.tol=0.01"]
+        code, said, _ = run(*evaluate, *sizes, *given, *TINY, workdir=tmp_path / "run")
+        assert code == 0, said
+        assert "host callbacks" not in said  # such programs are never kept
+        kept.append({path.name for path in (tmp_path / "cache" / "compiled").glob("*-cache")})
+    assert len(kept[0]) >= 4  # samples, straightness, the exact solve, the trajectory; and the classifier's training
+    assert kept[1] == kept[0]
+    assert said.count("Persistent compilation cache hit") >= 4
+
+
+def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
+    lengths = ["--config.training.n_iters=4", "--config.training.n_jitted_steps=2", "--config.training.batch_size=8"]
+    arguments = [DIGITS, "--mode=train", "--config.model.rf_phase=1", *TINY, *lengths]
+    arguments.append("--config.training.snapshot_freq_for_preemption=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    started = [
+        start(*arguments, workdir=tmp_path / "two", devices=1, **hosts, JAX_PROCESS_ID=str(place)) for place in (0, 1)
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    alone = start(*arguments, workdir=tmp_path / "one", devices=2)
+    said, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+
+    one, _ = checkpoints.load_with_info(tmp_path / "one" / "1_rf")
+    two, _ = checkpoints.load_with_info(tmp_path / "two" / "1_rf")
+    assert one.step == two.step == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.params, two.params)
+    losses = [json.loads((tmp_path / name / "1_rf" / "metrics.json").read_text()) for name in ("one", "two")]
+    assert losses[0][-1]["loss"] == pytest.approx(losses[1][-1]["loss"], rel=1e-4)
 
 
 def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):

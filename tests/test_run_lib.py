@@ -149,6 +149,29 @@ def test_a_finished_run_is_left_alone(workdir):
     assert checkpoint.stat().st_mtime_ns == before
 
 
+def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr("measurement.FINE_STEPS", 100)
+    monkeypatch.setattr("measurement.FINE_NOISES", 16)
+    source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
+    run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
+    manifest = reflow.read_manifest(tmp_path / run_lib.PAIRS)
+    assert manifest["adaptive"]
+    assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
+    assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
+    run_lib.train(reflow_config(training=source | {"n_iters": 2}), tmp_path)
+    assert checkpoints.boundaries_of(tmp_path / "2_rf" / "checkpoints" / "2") == pytest.approx(manifest["boundaries"])
+
+
+def test_pairs_of_another_teacher_or_k_are_refused(workdir, tmp_path):
+    other = str(workdir / "1_rf" / "checkpoints" / "0")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "reflow_batch").symlink_to(workdir / "samples" / "reflow_batch")
+    with pytest.raises(InputError, match="teacher"):
+        run_lib.train(reflow_config(training={"import_flax": other}), tmp_path)
+    with pytest.raises(InputError, match="k = 2"):
+        run_lib.train(reflow_config(training={"reflow_t": 4}), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(InputError, match="loss is nan"):
         run_lib.train(tiny_config(optim={"lr": float("inf"), "warmup": 0}), tmp_path)

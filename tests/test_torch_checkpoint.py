@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from flax import traverse_util
 from test_models import FAMILY, output, quick_jit, random_inputs, tiny_config, twin_output
 from torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
@@ -46,6 +47,11 @@ def golden_arrays(name):
     """What the public implementation computed; images in our layout."""
     with np.load(GOLDEN / f"{name}_expected.npz") as arrays:
         return {key: array.transpose(0, 2, 3, 1) if array.ndim == 4 else array for key, array in arrays.items()}
+
+
+def opened(path):
+    """A golden checkpoint as the importer opens it: nothing but tensors and plain numbers, even here."""
+    return torch_checkpoint._opened(epath.Path(path))
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +100,7 @@ def test_golden_sampling_is_as_accurate_as_scipys(name):
 def test_the_twin_is_the_public_implementation(name):
     config, expected = golden_config(name), golden_arrays(name)
     twin = Twin(config)
-    state = torch.load(GOLDEN / f"{name}.pth", weights_only=False)["model"]
+    state = opened(GOLDEN / f"{name}.pth")["model"]
     twin.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state.items()})
     found = twin_output(twin, expected["x"], 999 * expected["tau"])
     np.testing.assert_allclose(found, expected["velocity_model"], rtol=0, atol=2e-5)
@@ -105,8 +111,7 @@ def test_the_twin_is_the_public_implementation(name):
 def test_golden_files_survive_the_way_there_and_back(name, tmp_path):
     config = golden_config(name)
     models.export_torch(models.import_torch(GOLDEN / f"{name}.pth", config), config, tmp_path / "back.pth")
-    original = torch.load(GOLDEN / f"{name}.pth", weights_only=False)
-    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), original)
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), opened(GOLDEN / f"{name}.pth"))
 
 
 # --- against the twin -------------------------------------------------------------------------------------------------
