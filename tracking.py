@@ -23,7 +23,15 @@ class Tracker:
     """
 
     def __init__(
-        self, folder, *, workdir, name: str, config: dict, primary: bool = True, resume_step: int | None = None
+        self,
+        folder,
+        *,
+        workdir,
+        name: str,
+        config: dict,
+        primary: bool = True,
+        resume_step: int | float = math.inf,
+        file_name: str = "metrics.json",
     ):
         """
         Args:
@@ -32,25 +40,30 @@ class Tracker:
           name: the run's name in wandb; the same name in the same workdir goes on with the same wandb run.
           config: what wandb shows as the run's settings.
           primary: whether this is the first host.
-          resume_step: when a run goes on: lines of metrics.json after this step are dropped, they will be redone.
+          resume_step: the lines that are in metrics.json stay, but for those after this step, which will be redone.
+          file_name: of metrics.json, where several runs write into one folder.
         """
-        self._folder = epath.Path(folder)
+        self._path = epath.Path(folder) / file_name
         self._primary = primary
-        self.history = []
+        self._lines = {}  # by step
         if not primary:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            lines = read_json(self._folder / "metrics.json", [])
-            self.history = [line for line in lines if line["step"] <= resume_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = read_json(self._path, [])
+        self._lines = {line["step"]: line for line in lines if line["step"] <= resume_step}
         self._wandb = _wandb_run(workdir, name, config)
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Everything noted, one {"step": ..., name: number, ...} for each step, in their order."""
+        return [self._lines[step] for step in sorted(self._lines)]
+
     def log(self, step: int, values: dict[str, Any]):
-        """Notes numbers at a step. They reach metrics.json at the next `flush`."""
+        """Notes numbers at a step, beside those of other names. They reach metrics.json at the next `flush`."""
         if not self._primary:
             return
         values = {name: _plain(value) for name, value in values.items()}
-        self.history.append({"step": step, **values})
+        self._lines.setdefault(step, {"step": step}).update(values)
         self._wandb.log(values, step=step)
         logger.info("update %d: %s", step, "  ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
@@ -62,9 +75,9 @@ class Tracker:
             self._wandb.log({name: wandb.Image(os.fspath(path))}, step=step)
 
     def flush(self):
-        """Writes `<folder>/metrics.json`: a list of {"step", ...}, one for each `log`."""
+        """Writes `<folder>/metrics.json`: `history`."""
         if self._primary:
-            write_json(self._folder / "metrics.json", self.history)
+            write_json(self._path, self.history)
 
     def close(self):
         """Flushes and ends the wandb run."""

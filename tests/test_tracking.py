@@ -39,6 +39,16 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     assert lines[-1]["loss"] == 7.0
 
 
+def test_numbers_of_one_step_are_one_line_and_what_was_there_stays(tmp_path):
+    for step, values in ((1, {"a": 1, "b": 1.0}), (2, {"b": 2.0, "c": 3.0})):
+        run = tracker(tmp_path)
+        run.log(step, {"a": 5})
+        run.log(10, values)
+        run.close()
+    lines = json.loads((tmp_path / "stage" / "metrics.json").read_text())
+    assert lines == [{"step": 1, "a": 5}, {"step": 2, "a": 5}, {"step": 10, "a": 1, "b": 2.0, "c": 3.0}]
+
+
 def test_other_hosts_write_nothing(tmp_path):
     run = tracker(tmp_path, primary=False)
     run.log(1, {"loss": 1.0})
