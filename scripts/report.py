@@ -1,9 +1,11 @@
 """Prints what was measured in a workdir as a table and draws quality against NFE: python scripts/report.py WORKDIR
 
-Reads every <eval_folder>/step_<step>/metrics.json; of each folder the last step counts.
+Reads every <eval_folder>/step_<step>/metrics.json; of each folder the last step counts. With --check it also says, as
+ratios, what k-SeqRF won in k network calls over 1-RF, and ends with 1 if that is less than the quickstart asks for.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -39,7 +41,8 @@ def table(metrics: list[dict], fid: str) -> str:
     """A Markdown table, a row for each model and sampler."""
     rows = [["model", "sampler", *(name if name != "FID" else fid for name in COLUMNS)]]
     for entry in metrics:
-        cells = [form.format(entry[key or fid]) for key, form in COLUMNS.values()]
+        values = [(entry[key or fid], form) for key, form in COLUMNS.values()]
+        cells = ["-" if value is None else form.format(value) for value, form in values]
         rows.append([entry["model"], entry["sampler"], *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -48,14 +51,60 @@ def table(metrics: list[dict], fid: str) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def main():
-    """The script: prints the table, writes it to report.md and draws the figure beside it."""
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A ratio of two measured figures, and the largest that it may be."""
+
+    text: str
+    ratio: float
+    most: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is small enough; a figure that could not be measured holds nothing."""
+        return self.ratio <= self.most
+
+    def __str__(self):
+        return f"{self.text}: {self.ratio:.3f} (asked: <= {self.most:g}){'' if self.holds else '   MISSED'}"
+
+
+def claims(metrics: list[dict], fid: str) -> list[Claim]:
+    """What the quickstart must show: the gain in k calls, that distilling loses nothing, that the flow is straighter.
+
+    Raises:
+      KeyError: one of the models or samplers was not measured.
+    """
+    found = {(entry["model"], entry["sampler"]): entry for entry in metrics}
+    student = next((model for model, _ in found if model.endswith("-SeqRF")), "k-SeqRF")
+    euler = f"Euler {student.partition('-')[0]}"
+
+    def ratio(one, other, figure):
+        one, other = found[one][figure], found[other][figure]
+        return float("nan") if one is None or other is None else one / other
+
+    first, distilled = ("1-RF", euler), (f"{student}-Distill", euler)
+    return [
+        Claim(f"{fid} of {student} / 1-RF, {euler}", ratio((student, euler), first, fid), 1 / 5),
+        Claim(f"{fid} of {student}-Distill / {student}, {euler}", ratio(distilled, (student, euler), fid), 1),
+        Claim(
+            f"sequential straightness of {student} / 1-RF, ODE",
+            ratio((student, "ODE"), ("1-RF", "ODE"), "sequential_straightness"),
+            1 / 4,
+        ),
+    ]
+
+
+def main() -> int:
+    """The script: prints the table, writes it to report.md and draws the figure beside it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    workdir = parser.parse_args().workdir
-    metrics = last_metrics(workdir)
+    parser.add_argument("--check", action="store_true", help="end with 1 if k-SeqRF won too little")
+    options = parser.parse_args()
+    metrics = last_metrics(options.workdir)
     if not metrics:
-        sys.exit(f"error: no <eval_folder>/step_<step>/metrics.json in {workdir}; run main.py --mode=eval first")
+        sys.exit(
+            f"error: no <eval_folder>/step_<step>/metrics.json in {options.workdir}; run main.py --mode=eval first"
+        )
     import pictures
 
     fid = fid_name(metrics)
@@ -66,10 +115,15 @@ def main():
         nfe, values = curves.setdefault(name, ([], []))
         nfe.append(entry["nfe"])
         values.append(entry[fid])
-    pictures.draw_quality(workdir / "fid_against_nfe.png", curves, fid)
-    (workdir / "report.md").write_text(table(metrics, fid) + "\n")
-    print(f"\nfigure: {workdir / 'fid_against_nfe.png'}")
+    pictures.draw_quality(options.workdir / "fid_against_nfe.png", curves, fid)
+    (options.workdir / "report.md").write_text(table(metrics, fid) + "\n")
+    print(f"\nfigure: {options.workdir / 'fid_against_nfe.png'}")
+    if not options.check:
+        return 0
+    shown = claims(metrics, fid)
+    print("", *shown, sep="\n")
+    return int(not all(claim.holds for claim in shown))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
