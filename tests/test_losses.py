@@ -144,7 +144,9 @@ def test_updates_do_not_depend_on_how_devices_share_the_batch():
     assert int(one.step) == int(two.step) == 2
 
 
-def test_two_updates_in_one_call_are_two_calls():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_two_updates_in_one_call_are_two_calls(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # written out, or as a loop
     batches = pairs(8)
     together, losses_together = _updates(1, 4, batches)
     first, loss_first = _updates(1, 4, {name: rows[:4] for name, rows in batches.items()})
