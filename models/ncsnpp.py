@@ -60,6 +60,11 @@ class NCSNpp(nn.Module):
     sigma_max: float
     centered: bool
 
+    @property
+    def uses_sigma_table(self) -> bool:
+        """Whether `sigma_min` and `sigma_max` change the output: only these networks look noise levels up."""
+        return self.scale_by_sigma and self.embedding_type == "positional"
+
     @nn.compact
     def __call__(
         self,
@@ -103,7 +108,7 @@ class NCSNpp(nn.Module):
 
     def _sigmas(self, labels):
         """The noise level that each label stands for: the label itself in the Fourier family, else from the table."""
-        if self.embedding_type == "fourier":
+        if not self.uses_sigma_table:
             return labels
         return jnp.asarray(sigma_table(self.sigma_min, self.sigma_max), jnp.float32)[labels.astype(jnp.int32)]
 

@@ -4,6 +4,8 @@ A checkpoint is untrusted input: nothing in it is executed, and every name and s
 configuration before anything of its size is allocated. torch is imported only when one of the two functions runs.
 """
 
+import logging
+import math
 import os
 import re
 import zipfile
@@ -12,17 +14,19 @@ from typing import Any
 
 import flax
 import numpy as np
-from absl import logging
 from etils import epath
 from flax import traverse_util
 
 from models.factory import create_model, expand_heads
 from models.ncsnpp import NCSNpp, sigma_table
-from models.torch_layout import Entry, entries_of
+from models.torch_layout import Entries, Entry, entries_of
 from models.torch_options import disagreements
 from utils import InputError, atomic_path
 
+logger = logging.getLogger("seqrf")
+
 PREFIX = "module."
+MOST_SIGMAS = 100_000  # public checkpoints have 1,000
 
 
 @flax.struct.dataclass
@@ -59,23 +63,33 @@ def import_torch(path, config) -> Weights:
     Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a line says so.
 
     Raises:
-      InputError: not a checkpoint, truncated, with code in it, a key missing, a wrong shape, an EMA or an optimiser
-        that does not fit, or another configuration's. One line that names the first thing wrong.
+      InputError: not a checkpoint, truncated, with code in it, a key missing, a wrong shape, a number that is not
+        finite, an EMA or an optimiser that does not fit, or another configuration's. One line that names the first
+        thing wrong.
     """
-    model = create_model(config)
+    model, path = create_model(config), epath.Path(path)
     try:
-        return _weights(_opened(epath.Path(path)), model)
+        return _weights(_opened(path), model, path.stat().length)
     except InputError as error:
         raise InputError(f"PyTorch checkpoint {path}: {error}") from error.__cause__
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # Whoever crafts a file chooses the objects in it, and tensors of odd kinds raise what they like at any touch.
+        raise InputError(
+            f"PyTorch checkpoint {path}: holds something that no training run saves ({type(error).__name__} while "
+            "reading it); save it again from the trainer"
+        ) from error
 
 
-def _weights(file: dict, model: NCSNpp) -> Weights:
+def _weights(file: dict, model: NCSNpp, size: int) -> Weights:
     entries = entries_of(model)
     state = _state_dict(file, entries, model)
     shadow = _shadow_params(file["ema"], entries)
     count, mu, nu = _adam_state(file.get("optimizer"), entries)
+    _check_numbers({"model": state, "ema": shadow, "exp_avg": mu, "exp_avg_sq": nu}, size)
     extras = {
-        "sigmas": np.array(state["sigmas"]),
+        "sigmas": np.array(state["sigmas"].numpy()),
         "ema_decay": np.array(_number("ema['decay']", file["ema"].get("decay"))),
     }
     if file["ema"].get("num_updates") is not None:
@@ -138,7 +152,7 @@ def _opened(path) -> dict:
             file = torch.load(source, map_location="cpu", weights_only=True, mmap=local and archive)
     except Exception as error:  # a damaged pickle can raise anything
         if blocked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(f"carries code ({blocked[1]}), which is never run") from error
+            raise InputError(f"carries code ({blocked[1]!r}), which is never run") from error
         raise InputError("is not a checkpoint that torch.save wrote, or is damaged or truncated") from error
     if not isinstance(file, dict):
         raise InputError(f"holds a {type(file).__name__}, not the dict of a training run")
@@ -158,7 +172,7 @@ def _is_archive(path) -> bool:
             return False
         try:
             members = zipfile.ZipFile(stream).infolist()
-        except (zipfile.BadZipFile, ValueError) as error:
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise InputError("is a damaged archive") from error
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
@@ -166,40 +180,50 @@ def _is_archive(path) -> bool:
     return True
 
 
-def _state_dict(file: dict, entries: list[Entry], model: NCSNpp) -> dict:
+def _state_dict(file: dict, entries: Entries, model: NCSNpp) -> dict:
     """The tensors of the network by name, without the prefix, once they are known to be this configuration's."""
-    part = file["model"]
-    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
-        raise InputError("'model' is not a state dict")
-    state = {name.removeprefix(PREFIX): value for name, value in part.items()}
+    keys = _keys(file["model"])
+    state = {name: file["model"][key] for name, key in keys.items()}
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "sigmas"}
     wanted = {entry.name: entry.shape for entry in entries}
     if shapes != wanted and (differences := disagreements(shapes, model)):
         raise InputError(f"belongs to another configuration: it has {'; '.join(differences)}")
+    # What is missing is named as the file would name it.
+    prefix = PREFIX if not keys or any(key.startswith(PREFIX) for key in keys.values()) else ""
     for name in ("sigmas", *wanted):
         if name not in state:
-            raise InputError(f"misses model[{PREFIX + name!r}]")
-        state[name] = _dense(f"model[{PREFIX + name!r}]", state[name], wanted.get(name))
-    if surplus := [name for name in shapes if name not in wanted]:
-        raise InputError(f"has model[{PREFIX + surplus[0]!r}], which this configuration has not")
-    _check_sigmas(state["sigmas"].numpy(), model)
+            raise InputError(f"misses model[{prefix + name!r}]")
+        state[name] = _dense(f"model[{keys[name]!r}]", state[name], wanted.get(name))
+    if surplus := [keys[name] for name in shapes if name not in wanted]:
+        raise InputError(f"has model[{surplus[0]!r}], which this configuration has not")
+    _check_sigmas(f"model[{keys['sigmas']!r}]", state["sigmas"], model)
     return state
 
 
-def _check_sigmas(sigmas: np.ndarray, model: NCSNpp):
-    table = sigma_table(model.sigma_min, model.sigma_max)
-    if sigmas.ndim != 1 or not sigmas.size:
-        raise InputError(f"model[{PREFIX + 'sigmas'!r}] is not a list of noise levels")
-    same = sigmas.shape == table.shape and np.allclose(sigmas, table, rtol=1e-4)
+def _keys(part) -> dict[str, str]:
+    """The keys of a state dict by the names they have without the prefix."""
+    if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+        raise InputError("'model' is not a state dict")
+    keys: dict[str, str] = {}
+    for key in part:
+        if (other := keys.setdefault(key.removeprefix(PREFIX), key)) != key:
+            raise InputError(f"has both model[{other!r}] and model[{key!r}]")
+    return keys
+
+
+def _check_sigmas(name: str, sigmas, model: NCSNpp):
+    if sigmas.ndim != 1 or not 0 < len(sigmas) <= MOST_SIGMAS:
+        raise InputError(f"{name} has shape {tuple(sigmas.shape)}: not a list of up to {MOST_SIGMAS:,} noise levels")
+    sigmas, table = sigmas.numpy(), sigma_table(model.sigma_min, model.sigma_max)
     # Otherwise the network never looks at them: public configurations differ in values that nothing uses.
-    if model.scale_by_sigma and model.embedding_type == "positional" and not same:
+    if model.uses_sigma_table and not (sigmas.shape == table.shape and np.allclose(sigmas, table, rtol=1e-4)):
         raise InputError(
             f"belongs to another configuration: it has {sigmas.size} noise levels from {sigmas[0]:g} to "
             f"{sigmas[-1]:g}, config.model.sigma_max and sigma_min mean {table.size} from {table[0]:g} to {table[-1]:g}"
         )
 
 
-def _shadow_params(ema, entries: list[Entry]) -> dict:
+def _shadow_params(ema, entries: Entries) -> dict:
     """The EMA's tensors by name."""
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, list | tuple):
@@ -213,11 +237,11 @@ def _shadow_params(ema, entries: list[Entry]) -> dict:
     }
 
 
-def _adam_state(optimizer, entries: list[Entry]) -> tuple[int, dict, dict]:
+def _adam_state(optimizer, entries: Entries) -> tuple[int, dict, dict]:
     """Adam's count and both moments by name; (0, {}, {}) and a line in the log if the file has none."""
     state = optimizer.get("state") if isinstance(optimizer, dict) else optimizer
-    if not state:
-        logging.info("the checkpoint has no optimiser state: Adam's moments start at zero")
+    if state is None or (isinstance(state, dict | list) and not state):
+        logger.warning("the checkpoint has no optimiser state: Adam's moments start at zero")
         return 0, {}, {}
     if not isinstance(state, dict):
         raise InputError("optimizer['state'] is not a dict")
@@ -238,19 +262,19 @@ def _adam_state(optimizer, entries: list[Entry]) -> tuple[int, dict, dict]:
     return counts.pop(), mu, nu
 
 
-def _adam_order(state: dict, optimizer: dict, entries: list[Entry]) -> list[tuple[int, Entry]]:
+def _adam_order(state: dict, optimizer: dict, entries: Entries) -> list[tuple[int, Entry]]:
     """Which number of `state` belongs to which weight.
 
-    Adam numbers what it was given, and keeps state only for what had a gradient. The public trainer gives it the
-    Fourier frequencies too, so the numbers may start at 1.
+    Adam numbers what it was given, in the order of its groups, and keeps state only for what had a gradient. The public
+    trainer gives it the Fourier frequencies too, so the numbers of `state` may start at 1.
     """
-    trainable = [entry for entry in entries if entry.trainable]
-    if len(state) == len(trainable) and all(isinstance(index, int) for index in state):
-        return list(zip(sorted(state), trainable, strict=True))
+    trainable = tuple(entry for entry in entries if entry.trainable)
     try:
         given = [index for group in optimizer["param_groups"] for index in group["params"]]
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise InputError("misses optimizer['param_groups']") from error
+    if not all(isinstance(index, int) for index in given) or len(set(given)) < len(given):
+        raise InputError("optimizer['param_groups'] does not number every weight once")
     named = next((some for some in (entries, trainable) if len(some) == len(given)), None)
     if named is None:
         raise InputError(f"optimizer has {len(given)} weights, this configuration trains {len(trainable)}")
@@ -262,12 +286,14 @@ def _adam_order(state: dict, optimizer: dict, entries: list[Entry]) -> list[tupl
 
 
 def _dense(name: str, value, shape: tuple[int, ...] | None = None):
-    """`value`, once it is known to be a tensor of floats of that shape which the file really holds."""
+    """`value`, once it is known to be a tensor of floats of that shape which does not repeat what it has stored."""
     import torch
 
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    if not dense or value.dtype not in (torch.float16, torch.float32, torch.float64):
-        raise InputError(f"{name} is not a tensor of 16-, 32- or 64-bit floats")
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        raise InputError(f"{name} is not a tensor of plain numbers")
+    if value.dtype not in (torch.float16, torch.float32, torch.float64):
+        kind = str(value.dtype).removeprefix("torch.")
+        raise InputError(f"{name} is not a tensor of float16, float32 or float64 but of {kind}")
     if shape is not None and tuple(value.shape) != shape:
         raise InputError(f"{name} has shape {tuple(value.shape)}, this configuration needs {shape}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -275,11 +301,35 @@ def _dense(name: str, value, shape: tuple[int, ...] | None = None):
     return value.detach()
 
 
+def _check_numbers(parts: dict[str, dict], size: int):
+    """Refuses tensors, by part and name, that a file of `size` bytes does not hold, or that no training leaves behind.
+
+    PyTorch's old format, which is no archive, names each storage with the size it claims, and reads only those that a
+    list after them repeats. The others are memory that was asked for and never written to: it costs nothing, however
+    much it is, until someone touches it, so the claims are added up first.
+    """
+    import torch
+
+    storages = [tensor.untyped_storage() for tensors in parts.values() for tensor in tensors.values()]
+    if sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) > size:
+        raise InputError("claims more numbers than the file holds")
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            # As it will be kept: a 64-bit number may be too large for 32.
+            if not torch.isfinite(tensor.float()).all():
+                raise InputError(f"{part} of {name} has a number that is not finite")
+            if part == "exp_avg_sq" and (tensor < 0).any():
+                raise InputError(f"{part} of {name} has a negative number, which a mean of squares cannot be")
+
+
 def _number(name: str, value) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{name} is not a number") from error
+    if not math.isfinite(number):
+        raise InputError(f"{name} is not a number")
+    return number
 
 
 def _count(name: str, value) -> int:
@@ -318,7 +368,7 @@ def export_torch(weights: Weights, config, path):
         torch.save({"optimizer": optimizer, "model": state, "ema": shadow, "step": int(weights.step)}, stream)
 
 
-def _exported(tree, entries: list[Entry]) -> dict:
+def _exported(tree, entries: Entries) -> dict:
     """Tensors by name."""
     import torch
 
@@ -331,7 +381,7 @@ def _exported(tree, entries: list[Entry]) -> dict:
     return {entry.name: torch.from_numpy(entry.to_torch(np.asarray(leaves[entry.path]))) for entry in entries}
 
 
-def _adam(weights: Weights, config, entries: list[Entry]) -> dict:
+def _adam(weights: Weights, config, entries: Entries) -> dict:
     """The optimiser's part, with the numbering of the public trainer: every weight is counted, trained or not."""
     import torch
 

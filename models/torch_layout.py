@@ -4,6 +4,7 @@ All of it follows from the names in our own parameter tree, whatever the configu
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -84,7 +85,11 @@ class Entry:
         return np.array(array, np.float32, order="C")
 
 
-def entries_of(model: NCSNpp) -> list[Entry]:
+Entries = tuple[Entry, ...]
+
+
+@functools.lru_cache(maxsize=32)  # tracing takes seconds, and every checkpoint of a run asks again
+def entries_of(model: NCSNpp) -> Entries:
     """Every weight of `model`, taken with one head, in PyTorch's order. Shapes only: nothing is allocated."""
     model = model.clone(heads=1)
     image_shape = (model.image_size, model.image_size, model.channels)
@@ -93,4 +98,4 @@ def entries_of(model: NCSNpp) -> list[Entry]:
         Entry(path, leaf.shape, idle="Dense_0" in path and not model.conditional)
         for path, leaf in traverse_util.flatten_dict(tree).items()
     ]
-    return sorted(entries, key=lambda entry: entry.place)
+    return tuple(sorted(entries, key=lambda entry: entry.place))

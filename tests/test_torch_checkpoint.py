@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import pickletools
 import subprocess
 import sys
 import zipfile
@@ -24,12 +25,10 @@ from torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
 import models
 import sampling
 import segments
-from models import torch_checkpoint, torch_layout, torch_options
+from models import torch_checkpoint, torch_layout
 from utils import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Every refusal needs the network's structure, which takes a second of tracing.
-structure = functools.cache(torch_layout.entries_of)
 GOLDEN = pathlib.Path(os.environ.get("SEQRF_GOLDEN", ROOT.parent / "shared" / "golden"))
 golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason=f"no golden checkpoints in {GOLDEN}; SEQRF_GOLDEN may name another folder"
@@ -52,12 +51,6 @@ def golden_arrays(name):
 def opened(path):
     """A golden checkpoint as the importer opens it: nothing but tensors and plain numbers, even here."""
     return torch_checkpoint._opened(epath.Path(path))
-
-
-@pytest.fixture(autouse=True)
-def _structures_are_worked_out_once(monkeypatch):
-    for module in (torch_checkpoint, torch_options):
-        monkeypatch.setattr(module, "entries_of", structure)
 
 
 # --- against the public implementation --------------------------------------------------------------------------------
@@ -181,7 +174,7 @@ def test_each_moment_lands_on_its_own_weight(tmp_path):
     weights = models.import_torch(saved(contents, tmp_path), config)
     names = [name for name, weight in twin.named_parameters() if weight.requires_grad]
     slots = {name: contents["optimizer"]["state"][i] for i, name in enumerate(names, start=1)}
-    for entry in structure(models.create_model(config)):
+    for entry in torch_layout.entries_of(models.create_model(config)):
         for tree, key in ((weights.mu, "exp_avg"), (weights.nu, "exp_avg_sq")):
             found = traverse_util.flatten_dict(tree)[entry.path]
             expected = slots[entry.name][key].numpy() if entry.trainable else np.zeros(entry.shape)
@@ -219,14 +212,35 @@ def test_the_ways_in_which_other_trainers_save_are_taken(tmp_path):
         assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_saved_on_a_gpu_is_read_without_one(zipped, tmp_path, monkeypatch):
+    config, _, contents = made()
+    expected = models.import_torch(saved(contents, tmp_path), config)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        path = saved(contents, tmp_path, _use_new_zipfile_serialization=zipped)
+    assert b"cuda:0" in path.read_bytes()
+    found = models.import_torch(path, config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+def test_the_optimisers_own_numbers_say_whose_moments_they_are(tmp_path):
+    config, _, contents = made()
+    expected = models.import_torch(saved(contents, tmp_path), config)
+    state, group = contents["optimizer"]["state"], contents["optimizer"]["param_groups"][0]
+    group["params"] = group["params"][::-1]
+    contents["optimizer"]["state"] = {group["params"][i]: slot for i, slot in state.items()}
+    found = models.import_torch(saved(contents, tmp_path), config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
 @pytest.mark.parametrize("optimizer", ["missing", None, {}, {"state": {}, "param_groups": []}], ids=str)
 def test_without_optimiser_the_moments_are_zero_and_a_line_says_so(optimizer, tmp_path, caplog):
     config, _, contents = made()
     contents["optimizer"] = optimizer
     if optimizer == "missing":
         del contents["optimizer"]
-    with caplog.at_level("INFO"):
-        weights = models.import_torch(saved(contents, tmp_path), config)
+    weights = models.import_torch(saved(contents, tmp_path), config)
     assert weights.count == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((weights.mu, weights.nu)))
     assert "Adam's moments start at zero" in caplog.text
@@ -291,7 +305,11 @@ DAMAGES = {
     ),
     "whole numbers": (
         lambda c: c["model"].update({f"module.{DENSE}": torch.zeros(32, 8, dtype=torch.int64)}),
-        f"model['module.{DENSE}'] is not a tensor of 16-, 32- or 64-bit floats",
+        f"model['module.{DENSE}'] is not a tensor of float16, float32 or float64 but of int64",
+    ),
+    "bfloat16": (
+        lambda c: c["model"].update({f"module.{DENSE}": torch.zeros(32, 8, dtype=torch.bfloat16)}),
+        f"model['module.{DENSE}'] is not a tensor of float16, float32 or float64 but of bfloat16",
     ),
     "no tensor": (
         lambda c: c["model"].update({f"module.{DENSE}": "weight"}),
@@ -304,6 +322,42 @@ DAMAGES = {
     "one number said to be many": (
         lambda c: c["model"].update({"module.sigmas": torch.zeros(1, dtype=torch.float64).expand(10**12)}),
         "model['module.sigmas'] claims more numbers than the file holds",
+    ),
+    "noise levels without end": (
+        lambda c: c["model"].update({"module.sigmas": torch.zeros(100_001, dtype=torch.float64)}),
+        "model['module.sigmas'] has shape (100001,): not a list of up to 100,000 noise levels",
+    ),
+    "a weight twice": (
+        lambda c: c["model"].update({DENSE: torch.zeros(32, 8)}),
+        f"has both model['module.{DENSE}'] and model['{DENSE}']",
+    ),
+    "a weight missing where there is no prefix": (
+        lambda c: c.update(model={k.removeprefix("module."): v for k, v in c["model"].items() if DENSE not in k}),
+        f"misses model['{DENSE}']",
+    ),
+    "a weight that is not finite": (
+        lambda c: c["model"][f"module.{DENSE}"].fill_(float("nan")),
+        f"model of {DENSE} has a number that is not finite",
+    ),
+    "a weight too large for 32 bits": (
+        lambda c: c["model"].update({f"module.{DENSE}": torch.full((32, 8), 1e300, dtype=torch.float64)}),
+        f"model of {DENSE} has a number that is not finite",
+    ),
+    "noise levels that are not finite": (
+        lambda c: c["model"]["module.sigmas"].fill_(float("inf")),
+        "model of sigmas has a number that is not finite",
+    ),
+    "an average that is not finite": (
+        lambda c: c["ema"]["shadow_params"][1].fill_(float("-inf")),
+        "ema of all_modules.0.bias has a number that is not finite",
+    ),
+    "a first moment that is not finite": (
+        lambda c: c["optimizer"]["state"][1]["exp_avg"].fill_(float("nan")),
+        "exp_avg of all_modules.0.bias has a number that is not finite",
+    ),
+    "a negative second moment": (
+        lambda c: c["optimizer"]["state"][1]["exp_avg_sq"].neg_(),
+        "exp_avg_sq of all_modules.0.bias has a negative number",
     ),
     "ema too short": (
         lambda c: c["ema"]["shadow_params"].pop(),
@@ -319,6 +373,10 @@ DAMAGES = {
     ),
     "ema without list": (lambda c: c["ema"].pop("shadow_params"), "misses ema['shadow_params']"),
     "ema without decay": (lambda c: c["ema"].pop("decay"), "ema['decay'] is not a number"),
+    "ema's decay is a word": (lambda c: c["ema"].update(decay="0.999"), "ema['decay'] is not a number"),
+    "ema's decay is not finite": (lambda c: c["ema"].update(decay=float("nan")), "ema['decay'] is not a number"),
+    "ema's decay is too large": (lambda c: c["ema"].update(decay=10**400), "ema['decay'] is not a number"),
+    "step is too large": (lambda c: c.update(step=10**400), "step is not a number"),
     "step is a word": (lambda c: c.update(step="ten"), "step is not a number"),
     "step is negative": (lambda c: c.update(step=-1), "step = -1 is not a number of updates"),
     "a moment missing": (
@@ -336,6 +394,35 @@ DAMAGES = {
     "moments of different ages": (
         lambda c: c["optimizer"]["state"][0].update(step=99),
         "optimizer['state'] has weights after 3 and after 99 updates",
+    ),
+    "Adam's step is too large": (
+        lambda c: c["optimizer"]["state"][0].update(step=10**400),
+        "optimizer['state'][0]['step'] is not a number",
+    ),
+    "optimizer is a tensor": (lambda c: c.update(optimizer=torch.ones(3)), "optimizer['state'] is not a dict"),
+    "its state is a tensor": (
+        lambda c: c["optimizer"].update(state=torch.ones(3)),
+        "optimizer['state'] is not a dict",
+    ),
+    "its groups are tensors": (
+        lambda c: c["optimizer"].update(param_groups=[torch.ones(3)]),
+        "misses optimizer['param_groups']",
+    ),
+    "its numbers are lists": (
+        lambda c: c["optimizer"]["param_groups"][0].update(params=[[0]] * 9),
+        "optimizer['param_groups'] does not number every weight once",
+    ),
+    "its numbers repeat": (
+        lambda c: c["optimizer"]["param_groups"][0]["params"].__setitem__(1, 0),
+        "optimizer['param_groups'] does not number every weight once",
+    ),
+    "a nested tensor": (
+        lambda c: c["model"].update({f"module.{DENSE}": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}),
+        "holds something that no training run saves (RuntimeError while reading it)",
+    ),
+    "a tensor to be negated": (
+        lambda c: c["model"].update({f"module.{DENSE}": torch._neg_view(torch.ones(32, 8))}),
+        "holds something that no training run saves (RuntimeError while reading it)",
     ),
     "an optimiser of something else": (
         lambda c: (c["optimizer"]["param_groups"][0]["params"].pop(), c["optimizer"]["state"].pop(0)),
@@ -368,7 +455,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(zipped, tmp_path):
     config, _, contents = made(updates=1)
     contents["model"]["module.sigmas"] = Malice(tmp_path / "harm")
     path = saved(contents, tmp_path, _use_new_zipfile_serialization=zipped)
-    assert "carries code (posix.system), which is never run" in refusal_of(path, config)
+    assert "carries code ('posix.system'), which is never run" in refusal_of(path, config)
     assert not (tmp_path / "harm").exists()
 
 
@@ -405,6 +492,28 @@ def test_an_archive_that_grows_when_read_is_refused(tmp_path):
         for member in source.infolist():
             target.writestr(member.filename, source.read(member))
     assert "is a compressed archive" in refusal_of(bomb, config)
+
+
+def test_an_archive_of_a_version_yet_to_come_is_refused(tmp_path):
+    config, _, contents = made(updates=1)
+    path = saved(contents, tmp_path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"PK\x01\x02") + 6] = 99  # of the directory's first entry: "version needed to extract"
+    path.write_bytes(damaged)
+    assert "is a damaged archive" in refusal_of(path, config)
+
+
+def test_numbers_that_an_old_file_claims_and_never_lists_are_refused(tmp_path):
+    config, _, contents = made(updates=1)
+    for slot in contents["optimizer"]["state"].values():
+        slot["step"] = 1
+    path = saved(contents, tmp_path, _use_new_zipfile_serialization=False)
+    with path.open("rb") as stream:
+        for _ in range(4):  # magic number, version, machine, contents; then the list of what follows
+            list(pickletools.genops(stream))
+        head = path.read_bytes()[: stream.tell()]
+    path.write_bytes(head + pickle.dumps([], protocol=2))
+    assert "claims more numbers than the file holds" in refusal_of(path, config)
 
 
 OTHERS = {
