@@ -7,13 +7,16 @@ and what a reader holds does not depend on the size of the files.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import math
 import os
 import re
 import struct
+import sys
 import threading
+import uuid
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,7 @@ import numpy as np
 from etils import epath
 from isal import isal_zlib
 
-from utils import InputError, atomic_path
+from utils import InputError
 
 CRC_BLOCK = 2**18  # bytes read at a time for a checksum; they stay in a core's cache
 # The start of an array in NumPy's format, for plain numbers. NumPy's own reader parses it with `ast`, which in Python
@@ -36,10 +39,17 @@ ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, 
 # What a file may hold: array -> (kind of its numbers, dimensions).
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
 KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2)}  # in place of x1, when noise is not stored
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)  # of disks that know none
+# How epath's errors for gs:// are called on a disk.
+DISK_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
 
 
 class BrokenFile(InputError):
     """A pair file is not what was written, or never was a pair file."""
+
+
+class MissingFile(InputError):
+    """A pair file is not there."""
 
 
 def file_name(number: int) -> str:
@@ -48,23 +58,107 @@ def file_name(number: int) -> str:
 
 
 def pair_file_numbers(folder) -> list[int]:
-    """The numbers of the pair files in `folder`, ascending; none if there is no such folder."""
+    """The numbers of the pair files in `folder`, ascending; none if there is no such folder.
+
+    Raises:
+      InputError: it is not a folder, or cannot be listed.
+    """
     folder = epath.Path(folder)
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    try:
+        with os_errors():
+            names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error}; give the folder of a pair set") from error
     return sorted(int(match[1]) for name in names if (match := FILE_NAME.fullmatch(name)))
 
 
-def write_pairs(path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the pair file `path`, on the disk before it has its name. The bytes depend on `arrays` alone.
+def is_local(path) -> bool:
+    """Whether the path is on a disk, rather than in an object store (gs://...)."""
+    return "://" not in os.fspath(path)
+
+
+@contextlib.contextmanager
+def os_errors():
+    """Raises as an OSError, such as a disk would give, what TensorFlow raises: epath reaches gs:// through it."""
+    try:
+        yield
+    except _tensorflow_errors() as error:
+        kind, number = DISK_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
+        raise kind(number, str(error).splitlines()[0]) from error
+
+
+def _tensorflow_errors():
+    tensorflow = sys.modules.get("tensorflow")  # not imported for this: who has reached gs:// has imported it
+    return (tensorflow.errors.OpError,) if tensorflow else ()
+
+
+@contextlib.contextmanager
+def durable_file(path):
+    """An open binary file that becomes `path`; afterwards its bytes stay there even if the machine crashes.
+
+    Without this a crash could leave a file's name, given to it by renaming, without its bytes.
+    """
+    path = epath.Path(path)
+    with os_errors():
+        if is_local(path):
+            with path.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        else:  # whose files can only be written from their start to their end, and a zip file is not
+            buffer = io.BytesIO()
+            yield buffer
+            path.write_bytes(buffer.getvalue())
+
+
+def write_new(path, fill) -> bool:
+    """Writes the file `path` unless there is one, whole or not at all; of many that try at once, one does.
+
+    Where the disk knows no links (an object store), those that try at the same moment replace one another's file.
+
+    Args:
+      path: of the file.
+      fill: is given the open binary file.
+
+    Returns:
+      Whether it was this call that wrote it.
 
     Raises:
       OSError: no room, no permission; nothing is left behind.
+      FileNotFoundError: somebody has removed the unfinished file.
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
-        if _is_local(path):  # else a crash of the machine could leave the name without the bytes
-            file.flush()
-            os.fsync(file.fileno())
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    with os_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with durable_file(temporary) as file:
+                fill(file)
+            return _put(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _put(temporary, path):
+    """Gives the file its name unless that is taken, which renaming would not notice."""
+    if is_local(path):
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    if path.exists():
+        return False
+    temporary.replace(path)
+    return True
+
+
+def write_pairs(path, arrays: dict[str, np.ndarray]) -> bool:
+    """Writes the pair file `path` as `write_new` does. The bytes depend on `arrays` alone."""
+    return write_new(path, lambda file: np.savez(file, **arrays))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,23 +193,21 @@ class PairFile:
       crc32: the checksum of every array, as the file states it.
 
     Raises:
-      InputError: the file is missing or cannot be read.
+      MissingFile: there is no such file.
+      InputError: it cannot be read.
       BrokenFile: it is not a pair file, is cut off, or carries Python objects, which are never loaded.
     """
 
     def __init__(self, path):
         self.path = epath.Path(path)
-        self._loaded = {}
+        self._loaded = {}  # whole arrays of a file that is compressed or not local
         self._one_place = threading.Lock()  # the open file is at one place at a time: whole arrays are read in turn
-        try:
-            # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
-            self._file = io.FileIO(self.path) if _is_local(path) else self.path.open("rb")
-        except FileNotFoundError:
-            raise InputError(f"{self.path} is missing; run gen_reflow again, which makes what is not there") from None
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error}") from error
+        self._opened = contextlib.ExitStack()  # epath's remote files are open only within a `with`
         try:
             with self._broken_unless_read():
+                # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
+                file = io.FileIO(self.path) if is_local(path) else self.path.open("rb")
+                self._file = self._opened.enter_context(file)
                 self._read_structure()
         except BaseException:
             self.close()
@@ -129,30 +221,37 @@ class PairFile:
 
     def close(self) -> None:
         """Closes the file; its rows can no longer be read."""
-        self._file.close()
+        self._opened.close()
 
     def array(self, name: str) -> np.ndarray:
-        """The whole array `name`, from a file of whatever layout; its checksum is verified on the way."""
+        """The whole array `name`, from a file of whatever layout; its checksum is verified on the way.
+
+        Those of a compressed or remote file are kept until it is closed.
+        """
         member = self._members[name]
-        with self._one_place, self._broken_unless_read(), zipfile.ZipFile(self._file) as archive:
-            content = archive.read(member.info)
-        flat = np.frombuffer(content, member.dtype, offset=member.header)
-        return flat.reshape(member.shape, order="F" if member.fortran else "C")
+        with self._one_place:
+            if name in self._loaded:
+                return self._loaded[name]
+            with self._broken_unless_read(), zipfile.ZipFile(self._file) as archive:
+                content = archive.read(member.info)
+            flat = np.frombuffer(content, member.dtype, offset=member.header)
+            array = flat.reshape(member.shape, order="F" if member.fortran else "C")
+            if not self._by_row(member):
+                self._loaded[name] = array
+            return array
 
     def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         """out[places] = the rows `rows` of array `name`, converted to the type of `out`; one read a row.
 
-        A compressed or remote file is loaded whole at the first call, and kept until it is closed.
+        The arrays of a compressed or remote file are loaded whole, see `array`.
 
         Raises:
           BrokenFile: the file has been cut off since it was opened.
           InputError: the disk does not give the bytes.
         """
         member = self._members[name]
-        if not (member.plain and _is_local(self.path)):
-            if name not in self._loaded:
-                self._loaded[name] = self.array(name)
-            out[places] = self._loaded[name][rows]
+        if not self._by_row(member):
+            out[places] = self.array(name)[rows]
         elif out.dtype == member.dtype and out.flags.c_contiguous:
             self._pread(member, rows, out, places)
         else:
@@ -166,7 +265,7 @@ class PairFile:
         Raises:
           BrokenFile: an array is not what was written; the message names it.
         """
-        local = [member for member in self._members.values() if member.plain and _is_local(self.path)]
+        local = [member for member in self._members.values() if self._by_row(member)]
         with ThreadPoolExecutor(len(ARRAYS)) as pool:  # x0 and x1 at the same time
             for member, crc in zip(local, pool.map(self._crc_of, local), strict=True):
                 if crc != member.info.CRC:
@@ -174,6 +273,10 @@ class PairFile:
         for name, member in self._members.items():
             if member not in local:
                 self.array(name)
+
+    def _by_row(self, member):
+        """Whether single rows of the array can be read."""
+        return member.plain and is_local(self.path)
 
     def _read_structure(self):
         with zipfile.ZipFile(self._file) as archive:
@@ -196,7 +299,8 @@ class PairFile:
         self.stores_noise = "x1" in wanted
         if self.stores_noise and self._members["x1"].shape != (self.count, *shape):
             raise self.broken("x0 and x1 have different shapes")
-        self.size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0, os.SEEK_END)
+        self.size = self._file.tell()  # which `seek` itself does not return of a remote file
         self.crc32 = {name: member.info.CRC for name, member in self._members.items()}
 
     def _member(self, archive, info):
@@ -247,9 +351,12 @@ class PairFile:
     def _broken_unless_read(self):
         """Names the file in every way that reading it can fail."""
         try:
-            yield
+            with os_errors():
+                yield
         except InputError:
             raise
+        except FileNotFoundError:
+            raise MissingFile(f"{self.path} is missing; run gen_reflow again, which makes what is not there") from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
         except ZIP_ERRORS as error:
@@ -267,7 +374,3 @@ def _array_header(stream):
     if not match:
         raise ValueError("it holds an array that is not of plain numbers")
     return np.dtype(match[1].decode()), match[2] == b"True", tuple(int(n) for n in match[3].split(b",") if n.strip())
-
-
-def _is_local(path):
-    return "://" not in os.fspath(path)

@@ -7,12 +7,9 @@ time: they are the same bits on every machine and in every batch, so that a star
 """
 
 import dataclasses
-import errno
 import json
 import logging
 import math
-import os
-import uuid
 
 import numpy as np
 from etils import epath
@@ -27,8 +24,6 @@ FORMAT = 1  # of the manifest and of how pairs follow from it
 DTYPES = ("float32", "float16")
 SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
 FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
-# Where a manifest cannot be linked into its place, or is on no disk at all (an object store has no such local path).
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOENT, errno.ENOSYS)
 
 logger = logging.getLogger("seqrf")
 
@@ -198,13 +193,16 @@ def read_manifest(folder) -> dict | None:
     """What the manifest of the set in `folder` says; None where there is no manifest.
 
     Raises:
-      InputError: the manifest is damaged.
+      InputError: the manifest is damaged, or cannot be read.
     """
     path = epath.Path(folder) / MANIFEST
-    if not path.exists():
-        return None
     try:
-        manifest = json.loads(path.read_text())
+        with pairfiles.os_errors():
+            if not path.exists():
+                return None
+            manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise InputError(
             f"{path} is damaged ({error}); bring back a copy, or remove the whole set and make it anew"
@@ -214,42 +212,14 @@ def read_manifest(folder) -> dict | None:
     return manifest
 
 
-def _as_text(manifest: dict) -> str:
-    return json.dumps(manifest, indent=1) + "\n"
+def _as_bytes(manifest: dict) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def write_manifest(folder, manifest: dict) -> None:
     """Writes the manifest of the set in `folder`, whole or not at all."""
-    with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
-        temporary.write_text(_as_text(manifest))
-
-
-def _claimed_manifest(folder, manifest: dict) -> dict:
-    """Writes the first manifest of a set, and returns what is there then: of workers that begin at once, one wins.
-
-    SeqRF-Ada's boundaries depend on the hardware in their last bits; files of two divisions must never mix.
-    """
-    path = epath.Path(folder) / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    claim = path.parent / f".{MANIFEST}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        claim.write_text(_as_text(manifest))
-        _link_or_write(claim, folder, manifest)
-    finally:
-        claim.unlink(missing_ok=True)
-    return read_manifest(folder)
-
-
-def _link_or_write(claim, folder, manifest):
-    """Gives the claim the manifest's name unless that is taken; where the disk knows no links, writes it anyway."""
-    try:
-        os.link(claim, epath.Path(folder) / MANIFEST)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        write_manifest(folder, manifest)
+    with atomic_path(epath.Path(folder) / MANIFEST) as temporary, pairfiles.durable_file(temporary) as file:
+        file.write(_as_bytes(manifest))
 
 
 def begin_manifest(plan: PairPlan, extra: dict) -> dict:
@@ -258,12 +228,7 @@ def begin_manifest(plan: PairPlan, extra: dict) -> dict:
     Raises:
       InputError: the folder holds another set; the message names the first entry that differs.
     """
-    there = pairfiles.pair_file_numbers(plan.folder)  # before the manifest, which another worker may be writing now
-    manifest = read_manifest(plan.folder)
-    if manifest is None:
-        if there:
-            raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
-        manifest = _claimed_manifest(plan.folder, {"complete": False} | plan.definition() | extra)
+    manifest = _begun_manifest(plan, extra)
     for name, wanted in plan.definition().items():
         if manifest.get(name) != wanted:
             raise InputError(
@@ -271,6 +236,39 @@ def begin_manifest(plan: PairPlan, extra: dict) -> dict:
                 f"{wanted}; use the same settings, or another workdir"
             )
     return manifest
+
+
+def claim_plan(plan: PairPlan, extra: dict) -> PairPlan:
+    """The plan whose manifest is in the folder now: `plan`, or that of the worker that was first.
+
+    SeqRF-Ada's boundaries depend on the hardware in their last bits, and files of two divisions must never mix: of
+    workers that begin at once one decides, and the others take over its boundaries.
+
+    Args:
+      plan: what this worker would make.
+      extra: as of `begin_manifest`; {"adaptive": True, ...} says that the boundaries are SeqRF-Ada's.
+
+    Raises:
+      InputError: the folder holds another set.
+    """
+    manifest = _begun_manifest(plan, extra)
+    if extra.get("adaptive") and manifest.get("adaptive") and manifest["k"] == plan.k:
+        plan = dataclasses.replace(plan, boundaries=tuple(manifest["boundaries"]))
+    begin_manifest(plan, extra)
+    return plan
+
+
+def _begun_manifest(plan, extra):
+    """The manifest in the folder; if there is none this plan's is written, unless another worker is faster."""
+    there = pairfiles.pair_file_numbers(plan.folder)  # before the manifest, which another worker may be writing now
+    manifest = read_manifest(plan.folder)
+    if manifest is not None:
+        return manifest
+    if there:
+        raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
+    first = {"complete": False} | plan.definition() | extra
+    pairfiles.write_new(plan.folder / MANIFEST, lambda file: file.write(_as_bytes(first)))
+    return read_manifest(plan.folder)
 
 
 def missing_files(plan: PairPlan) -> list[int]:

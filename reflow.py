@@ -38,7 +38,7 @@ FIGURE = "pairs.png"
 POLL_SECONDS = 0.5
 STALE_SECONDS = 600  # a file still under its temporary name after this was left behind by a kill
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CLOSED_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+CLOSED_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EREMOTEIO)
 
 logger = logging.getLogger("seqrf")
 
@@ -311,14 +311,14 @@ def draw_pairs(path, x0, x1, segment, plan: PairPlan) -> None:
             ax.imshow(utils.image_grid((unit + 1) / 2 if plan.centered else unit))
             ax.set_title(f"segment {index}, {name}: t = {time_:.3g}")
             ax.set_axis_off()
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    with utils.atomic_path(path) as temporary, pairfiles.durable_file(temporary) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def _refuse_small_disk(plan):
     """Says at once that the disk is too small, where that can be told."""
     needed = sum(map(plan.file_bytes, pairplan.missing_files(plan)))
-    if "://" not in str(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
+    if pairfiles.is_local(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
         raise InputError(
             f"the disk of {plan.folder} has {free:,} bytes free, the pairs that are not there need {needed:,}; make "
             "room, make fewer pairs, or use training.reflow_dtype=float16 or training.reflow_store_noise=False"
@@ -329,7 +329,8 @@ def _refuse_small_disk(plan):
 def _disk_errors_named(plan):
     """One line for a disk that fills or cannot be written."""
     try:
-        yield
+        with pairfiles.os_errors():
+            yield
     except OSError as error:
         if error.errno in FULL_DISK:
             missing = pairplan.missing_files(plan)

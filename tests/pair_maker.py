@@ -9,6 +9,7 @@ import unittest.mock
 
 import jax
 import numpy as np
+from etils.epath import backend, gpath
 
 import reflow
 import segments
@@ -114,3 +115,28 @@ def _generate_apart(devices, hosts, arguments):
     generate(**arguments)
     if hosts:
         jax.distributed.shutdown()  # as a program's own end would; this kind of process skips it
+
+
+class Bucket:
+    """TensorFlow's functions for files, to which gs://bucket is the local folder `root`."""
+
+    def __init__(self, root):
+        self.root = str(root)
+
+    def __getattr__(self, name):
+        import tensorflow as tf
+
+        real = getattr(tf.io.gfile, name)
+
+        def call(*arguments, **options):
+            local = [os.fspath(value).replace("gs://bucket", self.root) for value in arguments]
+            result = real(*local, **options)
+            return [path.replace(self.root, "gs://bucket") for path in result] if name == "glob" else result
+
+        return call
+
+
+def mount_bucket(monkeypatch, root):
+    """Makes gs://bucket the folder `root`; epath's way there and TensorFlow's files and errors stay the real ones."""
+    monkeypatch.setattr(gpath, "_is_zonal_gcs_bucket", lambda bucket: False)  # else it asks Google
+    monkeypatch.setattr(type(backend.tf_backend), "gfile", Bucket(root))

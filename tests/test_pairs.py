@@ -198,13 +198,38 @@ def test_from_a_read_only_disk(whole_set, tmp_path):
             (disk / "p").chmod(0o700)
 
 
-def test_files_that_are_not_local_are_read_through_their_path(whole_set, copied_set, monkeypatch):
+def test_sets_in_a_bucket_are_read_once(whole_set, copied_set, monkeypatch):
     here = stream(whole_set, 4, 60, seed=0)
-    monkeypatch.setattr(pairfiles, "_is_local", lambda path: False)
-    assert names_of(stream(whole_set, 4, 60, seed=0)) == names_of(here)
+    pair_maker.mount_bucket(monkeypatch, copied_set.parent)
+    loads, read = [], zipfile.ZipFile.read
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda self, info: (loads.append((self.fp, info.filename)), read(self, info))[1]
+    )
+    assert names_of(stream("gs://bucket/p", 4, 60, seed=0)) == names_of(here)
+    # While a file is open each of its arrays is fetched once, not once for the checksum and once for the rows.
+    assert len(loads) == len(set(loads)) >= 2 * 15
     flip_byte(copied_set / "reflow_batch_7.npz", "x0")
     with pytest.raises(InputError, match=r"reflow_batch_7\.npz is broken: .*CRC"):
-        stream(copied_set, 6, 30, seed=0)
+        stream("gs://bucket/p", 6, 30, seed=0)
+
+
+def test_what_a_bucket_refuses_is_one_line(copied_set, monkeypatch):
+    pair_maker.mount_bucket(monkeypatch, copied_set.parent)
+    tensorflow = pytest.importorskip("tensorflow")
+    with pytest.raises(InputError, match=r"there are no pairs in gs://bucket/nowhere"):
+        reflow.PairSet("gs://bucket/nowhere")
+    with pytest.raises(pairfiles.MissingFile, match=r"gs://bucket/p/none\.npz is missing"):
+        pairfiles.PairFile("gs://bucket/p/none.npz")
+    cut(copied_set / "reflow_batch_4.npz")
+    with pytest.raises(InputError, match=r"gs://bucket/p/reflow_batch_4\.npz is broken"):
+        reflow.PairSet("gs://bucket/p")
+
+    def refuse(*_):
+        raise tensorflow.errors.PermissionDeniedError(None, None, "no credentials\nand much more")
+
+    monkeypatch.setattr(pair_maker.Bucket, "exists", refuse, raising=False)
+    with pytest.raises(InputError, match=r"gs://bucket/p cannot be listed: .*no credentials; give"):
+        reflow.PairSet("gs://bucket/p")
 
 
 # ---- refusals
@@ -460,8 +485,10 @@ def test_files_larger_than_a_checksum_block_are_checked_whole(tmp_path, monkeypa
         file.check_crc()
         assert struct.pack("<I", file.crc32["x1"]) in first
         np.testing.assert_array_equal(file.array("x1"), arrays["x1"])
-    pairfiles.write_pairs(path, arrays | times)
-    assert path.read_bytes() == first  # no time of day in it
+    assert pairfiles.write_pairs(tmp_path / "again.npz", arrays | times)
+    assert (tmp_path / "again.npz").read_bytes() == first  # no time of day in it
+    assert not pairfiles.write_pairs(path, arrays)  # a file that is there stays
+    assert path.read_bytes() == first
     flip_byte(path, "x1")
     with pairfiles.PairFile(path) as file, pytest.raises(pairfiles.BrokenFile, match=r"x1\.npy has changed"):
         file.check_crc()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -324,6 +325,40 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path):
     with pytest.raises(InputError, match=r"bytes free, the pairs that are not there need [\d,]+; make room"):
         pair_maker.generate(tmp_path / "p", pairs=10**13, file_size=10**10)
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["manifest.json"]
+
+
+def test_a_set_is_made_in_a_bucket(whole_set, tmp_path, monkeypatch):
+    pair_maker.mount_bucket(monkeypatch, tmp_path)
+    assert pair_maker.generate("gs://bucket/samples/reflow_batch").complete
+    assert pair_maker.digests(tmp_path / "samples" / "reflow_batch") == pair_maker.digests(whole_set)
+    assert (tmp_path / "samples" / "pairs.png").stat().st_size > 1000
+    tensorflow = pytest.importorskip("tensorflow")
+
+    def refuse(*_, **__):
+        raise tensorflow.errors.PermissionDeniedError(None, None, "no credentials\nand much more")
+
+    monkeypatch.setattr(pair_maker.Bucket, "makedirs", refuse, raising=False)
+    with pytest.raises(InputError, match=r"gs://bucket/other cannot be written: .*no credentials;"):
+        pair_maker.generate("gs://bucket/other")
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    safe, named = set(), []
+    fsync, link, replace = os.fsync, os.link, os.replace
+
+    def named_by(give_name, temporary, path):
+        named.append(os.path.basename(path))
+        assert os.path.basename(temporary) in safe
+        give_name(temporary, path)
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (safe.add(name_of(descriptor)), fsync(descriptor)))
+    monkeypatch.setattr(os, "link", functools.partial(named_by, link))
+    monkeypatch.setattr(os, "replace", functools.partial(named_by, replace))
+    pair_maker.generate(tmp_path / "p", pairs=3)
+    assert named == ["manifest.json", "pairs.png", "reflow_batch_1.npz", "manifest.json"]
 
 
 def test_another_set_in_the_folder_is_refused_by_the_first_difference(whole_set, tmp_path):
