@@ -9,6 +9,10 @@ import os
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+# diffrax checks the times of a trajectory, whose order ours have by construction, through the host: a round trip in
+# every solve; and XLA keeps no program that has one in its compilation cache. The variable is read by the import.
+os.environ.setdefault("EQX_ON_ERROR", "off")
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -37,8 +41,9 @@ SOLVERS = {
 PREDICTORS = {"rf_solver": diffrax.Euler, "rf_solver_heun": diffrax.Heun} | SOLVERS
 METHODS = ("ode", "pc")
 ERROR_NORMS = ("batch", "sample")
-# Past this many steps in one segment the tolerance is out of float32's reach: the samples become NaN, for the caller
-# to see, rather than the solve endless.
+# Where a step must become shorter than SMALLEST_STEP units in the last place of its time, as in SciPy, or a segment
+# takes more than MAX_STEPS, the tolerance is out of float32's reach: the samples become NaN, for the caller to see.
+SMALLEST_STEP = 10
 MAX_STEPS = 16_384
 SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0  # of SciPy's step control
 TRAJECTORY_POINTS = 128  # of an adaptive solve, at least, over all segments
@@ -84,7 +89,7 @@ def solve(
     Args:
       velocity: (x [B, ...], t [B] in [0, 1], index [B] int32) -> dx/dtau [B, ...].
       x: the noise.
-      boundaries: [k + 1] in t, falling from 1 to 0.
+      boundaries: [k + 1] in t, falling from 1 to 0; like `time_grid` checked, unless it is traced.
       method: "ode", adaptive steps with rtol = atol = `tol` by `solver`, or "pc", `num_scales` fixed steps of
         `predictor` ("rf_solver" is Euler, "rf_solver_heun" is Heun, or a solver's name).
       save_trajectory: also return the states on the way.
@@ -93,9 +98,12 @@ def solve(
       time_grid: [num_scales + 1] times for "pc" that contain the boundaries; None: uniform inside a segment.
 
     Raises:
-      ValueError: an unknown name, a missing tol, predictor or num_scales, num_scales < k.
+      ValueError: an unknown name, a missing tol, predictor or num_scales, num_scales < k; boundaries or times that do
+        not fall from 1 to 0, times that miss a boundary or are not num_scales + 1.
       InputError: a trajectory that would not fit into memory; the message has its size.
     """
+    if not segments.is_traced(boundaries):
+        boundaries = segments.checked_boundaries(boundaries)
     if method == "ode":
         return _solve_adaptive(
             velocity, x, jnp.asarray(boundaries, jnp.float32), tol, solver, error_norm, save_trajectory
@@ -108,6 +116,8 @@ def solve(
         grid = segments.step_grid(boundaries, num_scales)
     else:
         grid = segments.step_grid_of_times(boundaries, time_grid)
+        if grid.head.size != num_scales:
+            raise ValueError(f"time_grid has {grid.head.size + 1} times, num_scales = {num_scales} steps have one more")
     return _solve_fixed(velocity, x, grid, _named(PREDICTORS, predictor or "rf_solver", "predictor"), save_trajectory)
 
 
@@ -133,6 +143,21 @@ def solve_segment(
     adaptive = _adaptive_segment_solver(velocity, tol, solver, error_norm, points=None)
     x, (nfe, nfe_each, _) = adaptive(x, (times[0], times[1], jnp.asarray(index, jnp.int32)))
     return Samples(x=x, nfe=nfe, nfe_each=nfe_each)
+
+
+def full_precision(function):
+    """`function` (a velocity, say) with all of its float32 products really in float32, as adaptive solves are traced.
+
+    JAX's default on GPUs (TensorFloat32) and TPUs (bfloat16) makes errors of 1e-3 in every network call. To the step
+    control they look like a rough flow: it takes many times the steps, and the samples miss a small tolerance all the
+    same. A fixed grid cannot be misled so, and keeps the faster default.
+    """
+
+    def precise(*arguments):
+        with jax.default_matmul_precision("float32"):
+            return function(*arguments)
+
+    return precise
 
 
 def _named(table, name, what):
@@ -237,7 +262,7 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
         nfe_each = jnp.broadcast_to(2 + _calls_per_step(solver) * steps, x.shape[:1])
         return end, (jnp.max(nfe_each), nfe_each, states)
 
-    return segment
+    return full_precision(segment)  # diffrax's interpolation multiplies too
 
 
 def _root_mean_square(x):
@@ -282,7 +307,7 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         """The end of the first step; the state: whether the step before was rejected."""
-        return t0 + self.first_step, jnp.array(False)
+        return t0 + jnp.maximum(self.first_step, _smallest_step(t0)), jnp.array(False)
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
         """Keeps the step if its scaled error is below 1, and sizes the next by it: SAFETY error^(-1 / order)."""
@@ -293,7 +318,14 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
         most = jnp.where(controller_state, 1.0, MAX_FACTOR)
         factor = jnp.where(kept, jnp.minimum(factor, most), jnp.maximum(factor, MIN_FACTOR))
         start = jnp.where(kept, t1, t0)
-        return kept, start, start + factor * (t1 - t0), False, ~kept, diffrax.RESULTS.successful
+        step, smallest = factor * (t1 - t0), _smallest_step(start)
+        failed = ~kept & ~(step >= smallest)  # NaN too
+        result = diffrax.RESULTS.where(failed, diffrax.RESULTS.dt_min_reached, diffrax.RESULTS.successful)
+        return kept, start, start + jnp.maximum(step, smallest), False, ~kept, result
+
+
+def _smallest_step(t):
+    return SMALLEST_STEP * (jnp.nextafter(t, jnp.inf) - t)
 
 
 def _integrate(term, solver, x, f0, taus, tol):
@@ -322,20 +354,27 @@ def _integrate(term, solver, x, f0, taus, tol):
     return end, solution.stats["num_steps"], (None if points is None else solution.ys)
 
 
-def _refuse_oversized_trajectory(states: int, x):
-    """Raises InputError, before anything is solved, when states x B x ... values exceed half of the memory."""
-    needed = states * x.size * x.dtype.itemsize
-    available = _memory_bytes()
-    if needed > available / 2:
-        raise InputError(
-            f"a trajectory of {states} states of shape {tuple(x.shape)} takes {needed / 1e9:.1f} GB, more than half of "
-            f"the {available / 1e9:.1f} GB of memory; lower eval.batch_size or model.num_scales"
-        )
+def trajectory_room() -> int:
+    """Bytes that the states of a trajectory may take on one device: a quarter of its memory.
 
-
-def _memory_bytes() -> int:
+    They are there twice while they are put together; the other half is the network's.
+    """
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if limit := statistics.get("bytes_limit"):
+        return limit // 4
+    # A CPU's devices share its memory.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // jax.local_device_count() // 4
+
+
+def _refuse_oversized_trajectory(states: int, x):
+    """Raises InputError, before anything is solved, when states x B x ... values are more than `trajectory_room`."""
+    needed, room = states * x.size * x.dtype.itemsize, trajectory_room()
+    if needed > room:
+        raise InputError(
+            f"a trajectory of {states} states of shape {tuple(x.shape)} takes {needed / 1e9:.1f} GB, more than the "
+            f"{room / 1e9:.1f} GB that a device has for it; lower eval.batch_size or model.num_scales"
+        )
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -380,13 +419,13 @@ def straightness(ts: Float[Array, "n"], xs: Float[Array, "n b *image"], boundari
     def mean_square(difference):
         return jnp.sum(difference**2) / xs.shape[1]
 
-    def step(_, now):
-        slope = (now["from"] - now["to"]) / now["length"]
+    def step(n):
+        # The states are read where they are: slices of them as inputs of the loop would be two more copies of all.
+        slope = (xs[n] - xs[n + 1]) / lengths[n]
         per_segment = jax.lax.map(lambda chord: mean_square(chord - slope), chords)
-        return None, (mean_square(xs[0] - xs[-1] - slope), jnp.sum(now["overlap"] * per_segment) / now["length"])
+        return mean_square(xs[0] - xs[-1] - slope), jnp.sum(overlap[n] * per_segment) / lengths[n]
 
-    steps = {"from": xs[:-1], "to": xs[1:], "length": lengths, "overlap": overlap}
-    _, (curve, sequential_curve) = jax.lax.scan(step, None, steps)
+    curve, sequential_curve = jax.lax.map(step, jnp.arange(lengths.size))
     return Straightness(
         total=jnp.sum(curve * lengths),
         sequential=jnp.sum(sequential_curve * lengths),

@@ -7,6 +7,7 @@ rectified-flow checkpoints, which integrate from 1e-3 to 1.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -54,6 +55,11 @@ def checked_boundaries(boundaries) -> Float[np.ndarray, "k_plus_1"]:
     if boundaries[0] != 1.0 or boundaries[-1] != 0.0 or not np.all(np.diff(boundaries) < 0):
         raise ValueError(f"boundaries must fall strictly from 1 to 0, got {boundaries.tolist()}")
     return boundaries
+
+
+def is_traced(times) -> bool:
+    """Whether `times` (an array or a sequence) has no values yet, being an argument of a program under compilation."""
+    return any(isinstance(time, jax.core.Tracer) for time in jax.tree.leaves(times))
 
 
 def steps_per_segment(num_scales: int, k: int) -> list[int]:
@@ -110,19 +116,21 @@ def step_grid(boundaries, num_scales: int) -> StepGrid:
 
 
 def step_grid_of_times(boundaries, ts) -> StepGrid:
-    """The grid with the given N + 1 step times, which must contain every boundary (host values, not traced).
+    """The grid with the given N + 1 step times, which must contain every boundary. Either may be traced.
 
     Raises:
-      ValueError: `ts` do not fall strictly from 1 to 0 or miss a boundary.
+      ValueError: `ts` do not fall strictly from 1 to 0 or miss a boundary (seen unless traced).
     """
-    ts, boundaries = checked_boundaries(ts), checked_boundaries(boundaries)
-    missed = [b for b in boundaries.tolist() if not np.any(ts == np.float32(b))]
-    if missed:
-        raise ValueError(f"the step times miss the segment boundaries {missed}")
-    index = np.searchsorted(-boundaries, -ts[:-1], side="right") - 1
+    if not is_traced([ts, boundaries]):
+        ts, boundaries = checked_boundaries(ts), checked_boundaries(boundaries)
+        missed = [b for b in boundaries.tolist() if not np.any(ts == np.float32(b))]
+        if missed:
+            raise ValueError(f"the step times miss the segment boundaries {missed}")
+    ts, boundaries = jnp.asarray(ts, jnp.float32), jnp.asarray(boundaries, jnp.float32)
+    index = jnp.searchsorted(-boundaries, -ts[:-1], side="right") - 1
     return StepGrid(
-        t_from=jnp.asarray(ts[:-1]),
-        t_to=jnp.asarray(ts[1:]),
-        head=jnp.asarray(index, jnp.int32),
-        opens=jnp.asarray(np.isin(ts[:-1], boundaries)),
+        t_from=ts[:-1],
+        t_to=ts[1:],
+        head=index.astype(jnp.int32),
+        opens=jnp.isin(ts[:-1], boundaries),
     )

@@ -1,10 +1,14 @@
 """Behaviour of the samplers; their mathematics against closed forms and SciPy is in test_sampling_scipy.py."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+import configs.check
 import sampling
 import segments
 from utils import InputError
@@ -114,13 +118,88 @@ def test_time_grid_is_followed():
     np.testing.assert_array_equal(seen.ts, grid)
     with pytest.raises(ValueError, match="miss the segment boundaries"):
         sampling.solve(curved, NOISE, [1.0, 0.4, 0.0], method="pc", num_scales=3, time_grid=grid)
+    with pytest.raises(ValueError, match="4 times, num_scales = 5"):
+        sampling.solve(curved, NOISE, [1.0, 0.5, 0.0], method="pc", num_scales=5, time_grid=grid)
+
+
+def test_times_may_be_arguments_of_a_compiled_program():
+    boundaries, grid = np.float32([1.0, 0.5, 0.0]), np.float32([1.0, 0.9, 0.5, 0.0])
+
+    def solve(boundaries, grid):
+        return sampling.solve(curved, NOISE, boundaries, method="pc", num_scales=3, predictor="bosh3", time_grid=grid)
+
+    traced, concrete = jax.jit(solve)(boundaries, grid), solve(boundaries, grid)
+    np.testing.assert_allclose(traced.x, concrete.x, atol=1e-5)
+    assert traced.nfe == concrete.nfe
 
 
 @pytest.mark.parametrize("options", [{"method": "ode", "tol": 1e-3}, {"method": "pc", "num_scales": 4}], ids=str)
-def test_a_solve_never_calls_the_host(options):
+@pytest.mark.parametrize("wrong", [[0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [1.0, 0.1]], ids=str)
+def test_boundaries_that_do_not_fall_from_one_to_zero_are_refused(options, wrong):
+    with pytest.raises(ValueError, match="boundaries must fall strictly from 1 to 0"):
+        sampling.solve(curved, NOISE, wrong, **options)
+
+
+def test_a_configuration_knows_every_solver():
+    assert configs.check.CHOICES["sampling.predictor"] == tuple(sampling.PREDICTORS)
+    assert configs.check.CHOICES["sampling.solver"] == tuple(sampling.SOLVERS)
+
+
+@pytest.mark.parametrize("save_trajectory", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ode", "tol": 1e-3},
+        {"method": "ode", "tol": 1e-3, "error_norm": "sample"},
+        {"method": "pc", "num_scales": 4},
+    ],
+    ids=str,
+)
+def test_a_solve_never_calls_the_host(options, save_trajectory):
     # A round trip in every solve; and XLA keeps no program that has one in its compilation cache.
-    program = jax.make_jaxpr(lambda x: sampling.solve(curved, x, [1.0, 0.5, 0.0], **options))(NOISE)
-    assert "callback" not in str(program)
+    options = {**options, "save_trajectory": save_trajectory}
+    program = jax.make_jaxpr(lambda x, boundaries: sampling.solve(curved, x, boundaries, **options))
+    assert "callback" not in str(program(NOISE, np.float32([1.0, 0.5, 0.0])))
+
+
+def mixed(x, t, index):
+    """A velocity with a convolution and a matrix product."""
+    kernel = jnp.ones((3, 3, 1, 1))
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.tanh(x.reshape(x.shape[0], -1) @ jnp.ones((9, 9))).reshape(x.shape)
+
+
+def precisions(jaxpr, found):
+    """The precisions of all products in a program and in the programs inside it, added to `found` by primitive."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.setdefault(equation.primitive.name, set()).add(equation.params["precision"])
+        for inner in jaxprs_in_params(equation.params):
+            precisions(inner, found)
+    return found
+
+
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+def test_adaptive_solves_multiply_in_full_precision():
+    def whole(x):
+        return sampling.solve(mixed, x, [1.0, 0.5, 0.0], method="ode", tol=1e-3, save_trajectory=True)
+
+    def sample(x):
+        return sampling.solve(mixed, x, [1.0, 0.0], method="ode", tol=1e-3, error_norm="sample")
+
+    def segment(x):
+        return sampling.solve_segment(mixed, x, 1.0, 0.5, 0, tol=1e-3)
+
+    def fixed(x):
+        return sampling.solve(mixed, x, [1.0, 0.0], method="pc", num_scales=4)
+
+    for solve in (whole, sample, segment):
+        found = precisions(jax.make_jaxpr(solve)(NOISE).jaxpr, {})
+        assert found == {"dot_general": {HIGHEST}, "conv_general_dilated": {HIGHEST}}
+    found = precisions(jax.make_jaxpr(fixed)(NOISE).jaxpr, {})
+    assert found["conv_general_dilated"] == {None}
 
 
 @pytest.mark.parametrize(
@@ -140,20 +219,64 @@ def test_bad_options_are_named(options, message):
         sampling.solve(curved, NOISE, [1.0, 0.5, 0.0], **options)
 
 
-def test_a_trajectory_too_large_for_memory_is_refused_before_the_solve():
-    huge = jax.ShapeDtypeStruct((1_000_000, 256, 256, 3), jnp.float32)
+@pytest.mark.parametrize("options", [{"method": "ode", "tol": 1e-3}, {"method": "pc", "num_scales": 100}], ids=str)
+def test_a_trajectory_too_large_for_memory_is_refused_before_the_solve(options):
+    def solve(x):
+        return sampling.solve(curved, x, [1.0, 0.0], save_trajectory=True, **options)
+
+    with pytest.raises(InputError, match=r"GB.*lower eval\.batch_size"):
+        jax.eval_shape(solve, jax.ShapeDtypeStruct((1_000_000, 256, 256, 3), jnp.float32))
+    # The devices share the memory, and the states are there twice.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    states = 129 if options["method"] == "ode" else 101
+    half, eighth = (jax.ShapeDtypeStruct((int(memory * part / states / 4), 1), jnp.float32) for part in (1 / 2, 1 / 8))
     with pytest.raises(InputError, match="GB"):
-        jax.eval_shape(
-            lambda x: sampling.solve(curved, x, [1.0, 0.0], method="ode", tol=1e-3, save_trajectory=True), huge
-        )
+        jax.eval_shape(lambda x: sampling.solve(still, x, [1.0, 0.0], save_trajectory=True, **options), half)
+    jax.eval_shape(lambda x: sampling.solve(still, x, [1.0, 0.0], save_trajectory=True, **options), eighth)
 
 
-def test_an_unreachable_tolerance_gives_nan_not_an_endless_solve():
-    def explosive(x, t, index):
-        return x**2 + 100.0
+def still(x, t, index):
+    return jnp.zeros_like(x)
 
-    samples = jax.jit(lambda x: sampling.solve(explosive, x, [1.0, 0.0], method="ode", tol=1e-5))(NOISE)
+
+def explosive(x, t, index):
+    return x**2 + 100.0
+
+
+def overflowing(x, t, index):
+    return jnp.full_like(x, 1e30)
+
+
+def broken(x, t, index):
+    return jnp.full_like(x, jnp.nan)
+
+
+@pytest.mark.parametrize("velocity", [explosive, overflowing, broken])
+def test_an_unreachable_tolerance_soon_gives_nan(velocity):
+    samples = jax.jit(lambda x: sampling.solve(velocity, x, [1.0, 0.5, 0.0], method="ode", tol=1e-5))(NOISE)
     assert np.isnan(np.asarray(samples.x)).all()
+    assert samples.nfe < 1000
+
+
+def test_a_step_that_is_broken_on_the_way_ends_the_solve():
+    def velocity(x, t, index):
+        return jnp.where(t < 0.5, jnp.nan, 1.0)[:, None, None, None] * x
+
+    samples = jax.jit(lambda x: sampling.solve(velocity, x, [1.0, 0.0], method="ode", tol=1e-4))(NOISE)
+    assert np.isnan(np.asarray(samples.x)).all()
+    assert samples.nfe < 300
+
+
+def test_one_broken_image_with_its_own_steps_costs_the_others_nothing():
+    noise = NOISE.at[1].set(jnp.nan)
+    options = {"method": "ode", "tol": 1e-4, "error_norm": "sample"}
+    samples = jax.jit(lambda x: sampling.solve(curved, x, [1.0, 0.5, 0.0], **options))(noise)
+    whole = jax.jit(lambda x: sampling.solve(curved, x, [1.0, 0.5, 0.0], **options))(NOISE)
+    good = np.array([0, 2, 3])
+    assert np.isnan(np.asarray(samples.x)[1]).all()
+    np.testing.assert_allclose(samples.x[good], whole.x[good], atol=1e-6)
+    np.testing.assert_array_equal(samples.nfe_each[good], whole.nfe_each[good])
+    assert samples.nfe == jnp.max(whole.nfe_each[good])
 
 
 def test_truncation_error_is_the_root_mean_square():

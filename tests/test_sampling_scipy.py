@@ -109,6 +109,16 @@ def test_adaptive_solver_beside_scipy(tol, boundaries):
     assert abs(int(ours.nfe) - nfe) <= 6 * (len(boundaries) - 1)
 
 
+@over_boundaries
+def test_the_tolerance_that_truncation_error_is_measured_against(boundaries):
+    # Rounding makes our steps at 1e-6 others than SciPy's, which works in float64: hold both against the closed form.
+    z = noise()
+    ours = solved(gaussian_velocity, z, boundaries, method="ode", tol=1e-6)
+    _, nfe = scipy_solve(lambda x, tau, i: gaussian_slope(x, tau), z, boundaries, 1e-6)
+    assert rms(ours.x - gaussian_flow(z, 1.0)) < 1e-5
+    assert int(ours.nfe) <= 1.25 * nfe + 12 * (len(boundaries) - 1)
+
+
 def test_the_error_estimate_is_that_of_scipys_dormand_prince():
     tableau = sampling.Dopri5.tableau
     np.testing.assert_allclose(np.abs(tableau.b_error), np.abs(integrate.RK45.E), atol=1e-15)
