@@ -180,10 +180,15 @@ def best_division(distances: Float[np.ndarray, "states states"], k: int) -> Divi
     """The division into k segments, none shorter than `segments.SHORTEST_SEGMENT`, of the smallest cost (SeqRF-Ada).
 
     Raises:
-      ValueError: k < 1, or k segments of the shortest length do not fit.
+      InputError: k < 1, or k segments of the shortest length do not fit.
     """
     fine = len(distances) - 1
     shortest = math.ceil(segments.SHORTEST_SEGMENT * fine - 1e-9)  # less what 0.01 lacks in binary
+    if not 1 <= k <= fine // shortest:
+        raise utils.InputError(
+            f"k = {k} segments, none shorter than {segments.SHORTEST_SEGMENT:g} of the time, do not fit: "
+            f"use training.reflow_t from 1 to {fine // shortest}, or training.adaptive_interval=False"
+        )
     path = cheapest_path(cost_matrix(distances), k, shortest)
     boundaries = (1.0 - path / fine).astype(np.float32)
     return Division(
@@ -206,6 +211,28 @@ def adaptive_boundaries(xs: Float[Array | np.ndarray, "states noises ..."], k: i
     return best_division(squared_distances([xs]), k).boundaries
 
 
+def shares_of_steps(boundaries, num_scales: int, fine: int) -> list[tuple[int, int, int]]:
+    """(first fine step, last fine step, number of steps) of each segment, for `adaptive_times` on `fine` fine steps.
+
+    Cheap: it tells before any fine trajectory is computed whether `num_scales` steps can be placed at all.
+
+    Raises:
+      ValueError: `boundaries` do not fall from 1 to 0, N < k.
+      InputError: a segment has fewer fine steps than steps.
+    """
+    boundaries = segments.checked_boundaries(boundaries)
+    counts = segments.steps_per_segment(num_scales, boundaries.size - 1)
+    ends = np.rint((1.0 - boundaries.astype(np.float64)) * fine).astype(int).tolist()
+    shares = list(zip(ends, ends[1:], counts, strict=False))
+    for i, (start, end, count) in enumerate(shares):
+        if count > end - start:
+            raise utils.InputError(
+                f"segment {i}'s {count} of num_scales = {num_scales} steps do not fit into its {end - start} of {fine} "
+                "fine steps: lower model.num_scales, or use sampling.time_grid=uniform"
+            )
+    return shares
+
+
 def adaptive_times(
     distances: Float[np.ndarray, "states states"],
     boundaries: Float[Array | np.ndarray, "boundaries"],
@@ -218,17 +245,15 @@ def adaptive_times(
     it for the search and are among the times exactly as given.
 
     Raises:
-      ValueError: `boundaries` do not fall from 1 to 0, N < k, or a segment has fewer fine steps than steps.
+      ValueError, InputError: as `shares_of_steps`.
     """
-    boundaries = segments.checked_boundaries(boundaries)
-    counts = segments.steps_per_segment(num_scales, boundaries.size - 1)
     fine = len(distances) - 1
     cost = cost_matrix(distances)
-    ends = np.rint((1.0 - boundaries.astype(np.float64)) * fine).astype(int)
     times = []
-    for i, count in enumerate(counts):
-        path = ends[i] + cheapest_path(cost[ends[i] : ends[i + 1] + 1, ends[i] : ends[i + 1] + 1], count)
-        times += [boundaries[i], *(1.0 - path[1:-1] / fine)]
+    shares = shares_of_steps(boundaries, num_scales, fine)
+    for boundary, (start, end, count) in zip(boundaries, shares, strict=False):
+        path = start + cheapest_path(cost[start : end + 1, start : end + 1], count)
+        times += [boundary, *(1.0 - path[1:-1] / fine)]
     return np.array([*times, boundaries[-1]], np.float32)
 
 

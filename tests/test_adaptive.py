@@ -10,6 +10,7 @@ from matplotlib import image
 
 import adaptive
 import segments
+from utils import InputError
 
 
 def kinked(kinks, fine, noises=3, shape=(4, 4, 2), seed=0):
@@ -172,9 +173,11 @@ def test_what_cannot_be_divided_is_refused():
     xs = wandering(10)
     distances = adaptive.squared_distances([xs])
     for k in (0, 11):
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(InputError, match=r"do not fit: use training\.reflow_t from 1 to 10"):
             adaptive.adaptive_boundaries(xs, k)
     with pytest.raises(ValueError, match="do not fit"):
+        adaptive.cheapest_path(adaptive.cost_matrix(distances), 11)
+    with pytest.raises(InputError, match=r"0's 6 of num_scales = 11 .* do not fit into its 5 of 10 .*lower model"):
         adaptive.adaptive_times(distances, segments.uniform_boundaries(2), 11)
     with pytest.raises(ValueError, match="cannot cover"):
         adaptive.adaptive_times(distances, segments.uniform_boundaries(2), 1)
@@ -190,6 +193,14 @@ def test_what_cannot_be_divided_is_refused():
         broken[4, 2] = bad
         with pytest.raises(ValueError, match="not finite"):
             adaptive.adaptive_boundaries(broken, 2)
+
+
+def test_steps_that_cannot_be_placed_are_told_before_any_trajectory():
+    assert adaptive.shares_of_steps(segments.uniform_boundaries(2), 500, 500) == [(0, 250, 250), (250, 500, 250)]
+    with pytest.raises(InputError, match="1000 of num_scales = 1000"):
+        adaptive.shares_of_steps(segments.uniform_boundaries(1), 1000, 500)
+    with pytest.raises(InputError, match="segment 3's 10 of .* do not fit into its 5 of 500"):
+        adaptive.shares_of_steps(np.float32([1, 0.7, 0.3, 0.01, 0]), 40, 500)
 
 
 def test_full_size_trajectory_in_seconds_and_little_memory():
