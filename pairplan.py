@@ -277,21 +277,42 @@ def missing_files(plan: PairPlan) -> list[int]:
     return [number for number in range(1, plan.files + 1) if number not in there]
 
 
+def reopen_set(folder, broken: list[int]) -> None:
+    """Removes broken files and says in the manifest that the set is not complete.
+
+    In this order: after a kill between the two the files are missing, and are made again; the other way round they
+    would be taken for what was written. What the manifest has of the files that stay is kept, and they must agree with
+    it when the set is completed again.
+    """
+    folder = epath.Path(folder)
+    for number in broken:
+        (folder / pairfiles.file_name(number)).unlink(missing_ok=True)
+    manifest = read_manifest(folder)
+    reopened = manifest | {"complete": False}
+    if "contents" in manifest:
+        there = set(map(pairfiles.file_name, pairfiles.pair_file_numbers(folder)))
+        reopened["contents"] = {name: what for name, what in manifest["contents"].items() if name in there}
+    if reopened != manifest:
+        write_manifest(folder, reopened)
+
+
 def complete_manifest(plan: PairPlan) -> dict | None:
     """Completes the manifest once every file is there, and returns it; None while some are missing.
 
-    It records the bytes and checksums of every file. Any number of hosts may do this at once: they write the same.
+    It records the bytes and checksums of every file, once. Any number of hosts may do this at once: they write the
+    same.
 
     Raises:
-      BrokenFile: a file is there but not whole.
+      BrokenFile: a file is there but not whole, or not the one that the manifest has recorded.
     """
     if missing_files(plan):
         return None
-    contents = {}
+    begun, contents = begin_manifest(plan, {}), {}
     for number in range(1, plan.files + 1):
         with pairfiles.PairFile(plan.path(number)) as file:
-            contents[file.path.name] = {"bytes": file.size, "crc32": file.crc32}
-    begun = begin_manifest(plan, {})
+            contents[file.path.name] = found = {"bytes": file.size, "crc32": file.crc32}
+            if begun.get("contents", {}).get(file.path.name, found) != found:
+                raise file.broken(f"its bytes and checksums are not those that {MANIFEST} has of it")
     manifest = begun | {"complete": True, "contents": contents}
     if manifest != begun:
         write_manifest(plan.folder, manifest)

@@ -156,9 +156,8 @@ def count_of_file(folder: epath.Path, manifest: dict, number: int) -> int:
         if "file_size" in manifest:
             found["pairs"] = file.count
             wanted["pairs"] = min(manifest["file_size"], manifest["pairs"] - (number - 1) * manifest["file_size"])
-        if manifest.get("complete") and "contents" in manifest:
-            found |= {"bytes": file.size, "crc32": file.crc32}
-            wanted |= manifest["contents"].get(file.path.name, {})
+        found |= {"bytes": file.size, "crc32": file.crc32}
+        wanted |= manifest.get("contents", {}).get(file.path.name, {})
         for name, value in wanted.items():
             if found[name] != value:
                 raise file.broken(f"its {name} is {found[name]} where the manifest has {value}")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import logging
 import math
 import shutil
@@ -24,15 +25,17 @@ import pairplan
 import sampling
 import utils
 from adaptive import adaptive_boundaries
-from pairplan import PairPlan, plan_pairs, read_manifest
+from pairplan import PairPlan, claim_plan, plan_pairs, read_manifest
 from pairs import PairSet, count_of_file, images_of_file
 from utils import InputError
 
 __all__ = [
-    "PairPlan", "PairSet", "adaptive_boundaries", "fingerprint", "generate", "plan_pairs", "read_manifest", "worker_of",
+    "PairPlan", "PairSet", "adaptive_boundaries", "claim_plan", "fingerprint", "generate", "plan_pairs",
+    "read_manifest", "worker_of",
 ]  # fmt: skip
 
 BATCHES_AHEAD = 2  # handed to the devices before the first of them is waited for
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
 SHOWN_PAIRS = 16  # of each segment, in the figure
 FIGURE = "pairs.png"
 POLL_SECONDS = 0.5
@@ -48,8 +51,8 @@ class Summary:
     """What one call of `generate` did.
 
     Attributes:
-      pairs, files: made by this call on this host.
-      nfe: mean network calls of a batch in each segment; empty if nothing was made.
+      pairs, files: solved by this call on this host.
+      nfe: mean network calls of a solve in each segment; empty if nothing was solved.
       calls: network calls of a device, all batches together.
       seconds: from the first batch to the last file written; the compilation before them not included.
       complete: whether the whole set is there now.
@@ -107,7 +110,7 @@ def generate(
     i, i + n, ...; its hosts share these in turn. Whoever finds the whole set there completes the manifest.
 
     Args:
-      plan: what the set is.
+      plan: what the set is; of workers that begin at once with SeqRF-Ada's boundaries one decides, see `claim_plan`.
       images: the `ImageSource` to start from.
       make_velocity: params -> velocity(x [B, H, W, C], t [B], index [B] int32) -> dx/dtau.
       params: the teacher's weights, not replicated.
@@ -117,25 +120,23 @@ def generate(
       progress: show a progress bar.
 
     Raises:
-      InputError: the folder holds another set, the disk is too small or full, a solve did not reach its tolerance.
+      InputError: the folder holds another set, the disk is too small or full, a solve did not reach its tolerance, a
+        batch is too large for the devices.
+      BrokenFile: a file of another worker's share is not whole.
     """
     with _disk_errors_named(plan):
-        _remove_temporaries(plan, older_than=STALE_SECONDS)
-        manifest = pairplan.begin_manifest(plan, extra or {})
+        _remove_temporaries(plan)
+        plan = claim_plan(plan, extra or {})
         share = _files_of_worker(plan, worker)[jax.process_index() :: jax.process_count()]
-        todo = [number for number in share if not _is_whole(plan, manifest, number)]
-        if todo:
-            _refuse_small_disk(plan)
-            if manifest["complete"]:
-                pairplan.write_manifest(plan.folder, manifest | {"complete": False})
+        todo = _prepared(plan, share)
         done = sum(map(plan.count, share)) - sum(map(plan.count, todo))
         with tqdm.tqdm(initial=done, total=sum(map(plan.count, share)), unit="pair", disable=not progress) as bar:
             summary = _make_files(plan, todo, images, make_velocity, params, batch_size, bar)
-        _wait_for_hosts(plan, worker)
+        _wait_for_hosts(plan, set(_files_of_worker(plan, worker)) - set(share))
         if pairplan.complete_manifest(plan) is None:
             logger.info("%d of %d pair files are still missing", len(pairplan.missing_files(plan)), plan.files)
             return summary
-        _remove_temporaries(plan, older_than=0)
+        _remove_temporaries(plan, all_pairs=True)
         return dataclasses.replace(summary, complete=True)
 
 
@@ -145,26 +146,59 @@ def _files_of_worker(plan, worker):
     return range(place, plan.files + 1, workers)
 
 
-def _wait_for_hosts(plan, worker):
-    """Returns when this worker's other hosts have made their files too.
+def _prepared(plan, share):
+    """The files of the share that are to be made; those that are there but broken are removed."""
+    manifest = pairplan.begin_manifest(plan, {})
+    faults = {number: fault for number in share if (fault := _fault(plan, manifest, number))}
+    broken = [number for number, fault in faults.items() if isinstance(fault, pairfiles.BrokenFile)]
+    for number in broken:
+        logger.warning("%s", faults[number])
+    if faults:
+        _refuse_small_disk(plan)
+        pairplan.reopen_set(plan.folder, broken)
+    return list(faults)
+
+
+def _fault(plan, manifest, number):
+    """Why the file is to be made; None if it is there as it should be."""
+    try:
+        count_of_file(plan.folder, manifest, number)
+    except (pairfiles.MissingFile, pairfiles.BrokenFile) as fault:
+        return fault
+    return None
+
+
+def _wait_for_hosts(plan, awaited):
+    """Returns when this worker's other hosts have made the files `awaited`, which they may find broken, as we do.
 
     JAX ends all hosts soon after the first has left. Looking for the files needs no collective with its time limit.
     """
-    if jax.process_count() > 1:
-        while not set(_files_of_worker(plan, worker)).isdisjoint(pairplan.missing_files(plan)):
+    while awaited:
+        manifest, there = read_manifest(plan.folder), pairfiles.pair_file_numbers(plan.folder)
+        awaited -= {number for number in awaited.intersection(there) if not _fault(plan, manifest, number)}
+        if awaited:
             time.sleep(POLL_SECONDS)
 
 
-def _is_whole(plan, manifest, number):
-    """Whether the file is there as it should be; one that is there but broken is to be made again."""
-    if not plan.path(number).exists():
-        return False
-    try:
-        count_of_file(plan.folder, manifest, number)
-    except pairfiles.BrokenFile as error:
-        logger.warning("%s", error)
-        return False
-    return True
+class _Share:
+    """The files that are still to be made here, and what is known of another worker on the very same ones.
+
+    Two workers have one share when the first was presumed dead and is only slow. Side by side they would solve every
+    file twice; so one that meets the other's files goes on in an order of its own.
+    """
+
+    def __init__(self, plan, todo):
+        self._plan, self._left = plan, list(todo)
+        self.shared = False
+
+    def take(self):
+        """The next file's number, None at the end; and those of the files that somebody else has made meanwhile."""
+        there = set(pairfiles.pair_file_numbers(self._plan.folder))
+        made = [number for number in self._left if number in there]
+        self._left = [number for number in self._left if number not in there]
+        self.shared |= bool(made)
+        place = np.random.default_rng().integers(len(self._left)) if self._left and self.shared else 0
+        return (self._left.pop(place) if self._left else None), made
 
 
 @dataclasses.dataclass
@@ -175,71 +209,119 @@ class _FileInWork:
     layout: pairplan.FileLayout
     x1: np.ndarray
     x0: np.ndarray
+    unsolved: int  # of its parts
 
-    def write(self, plan):
-        """Draws the first file of a set, and writes the file; in this order, so that a kill leaves no gap."""
+    def write(self, plan) -> bool:
+        """Draws the first file of a set, and writes the file; in this order, so that a kill leaves no gap.
+
+        Returns False if somebody else has written it by now.
+        """
         layout = self.layout
         if self.number == 1:
             draw_pairs(plan.folder.parent / FIGURE, self.x0, self.x1, layout.segment, plan)
         starts = (
             {"x1": self.x1} if plan.store_noise else {name: getattr(layout, name) for name in ("image", "flip", "key")}
         )
+        # Where a manifest cannot be claimed, another worker's may have replaced it: files of two sets must not mix.
+        pairplan.begin_manifest(plan, {})
         try:
-            pairfiles.write_pairs(plan.path(self.number), {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1})
+            return pairfiles.write_pairs(
+                plan.path(self.number), {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1}
+            )
         except FileNotFoundError:
             # Another worker made the same file, completed the set and cleared away what was not finished.
             if not plan.path(self.number).exists():
                 raise
+            return False
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """One batch to be solved: rows of a file that belong to one segment, the last ones repeated to fill the batch."""
+class _Part:
+    """What one device solves at a time: rows of a file that belong to one segment, some repeated to fill it."""
 
     file: _FileInWork
     segment: int
     rows: np.ndarray
     count: int  # of rows that are not repeated
-    last: bool  # of its file
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What has been solved."""
+
+    pairs: int = 0
+    files: int = 0
+    calls: int = 0
+    nfe: list[list[int]] = dataclasses.field(default_factory=list)  # of every part, by segment
+
+    def summary(self, started):
+        nfe = [float(np.mean(of)) for of in self.nfe] if self.pairs else []
+        return Summary(self.pairs, self.files, nfe, self.calls, time.perf_counter() - started, complete=False)
 
 
 def _make_files(plan, todo, images, make_velocity, params, batch_size, bar):
     """Solves and writes the files `todo`: the host prepares one file while the devices solve and a thread writes."""
+    tally, share = _Tally(nfe=[[] for _ in range(plan.k)]), _Share(plan, todo)
     if not todo:
-        return Summary(pairs=0, files=0, nfe=[], calls=0, seconds=0.0, complete=False)
-    batch = _rounded_batch(plan, batch_size)
-    solve = _segment_solver(plan, batch, make_velocity, params)
-    started, nfe, calls = time.perf_counter(), [[] for _ in range(plan.k)], 0
-    with ThreadPoolExecutor(1, thread_name_prefix="pairs-write") as writer:
-        writing = None
-        for job, (x0, calls_each) in _dispatched_ahead(solve, _jobs(plan, todo, images, batch)):
-            x0 = np.asarray(x0).reshape(batch, *plan.image_shape)[: job.count]
-            if not np.isfinite(x0).all():
-                raise InputError(f"a solve did not reach sampling.tol = {plan.tol}; use a larger tolerance")
-            job.file.x0[job.rows[: job.count]] = x0
-            nfe[job.segment].append(np.mean(calls_each))
-            calls += int(np.max(calls_each))
-            bar.update(job.count)
-            if job.last:
-                if writing:
-                    writing.result()
-                writing = writer.submit(job.file.write, plan)
-        writing.result()
-    seconds = time.perf_counter() - started
-    pairs = sum(map(plan.count, todo))
-    return Summary(pairs, len(todo), [float(np.mean(of)) for of in nfe], calls, seconds, complete=False)
+        return tally.summary(time.perf_counter())
+    size = _rows_of_part(plan, batch_size)
+    with _memory_errors_named(batch_size):
+        solve = _parts_solver(plan, size, make_velocity, params)
+        started = time.perf_counter()
+        parts = _parts(plan, share, images, size, bar)
+        with ThreadPoolExecutor(1, thread_name_prefix="pairs-write") as writer:
+            writing = None
+            for solved in _dispatched_ahead(solve, _in_groups(parts, jax.local_device_count())):
+                for file in _finished_files(plan, solved, tally, bar):
+                    if writing:
+                        _end_of_write(writing, share)
+                    writing = writer.submit(file.write, plan)
+                if writing and writing.done():  # a full disk is noticed now, not a whole file later
+                    _end_of_write(writing, share)
+                    writing = None
+            if writing:
+                _end_of_write(writing, share)
+    return tally.summary(started)
 
 
-def _rounded_batch(plan, batch_size):
-    """The pairs in a batch: at most `batch_size`, all batches of a segment alike, a multiple of the devices."""
+def _end_of_write(writing, share):
+    """Waits for the file being written, and raises what went wrong with it."""
+    share.shared |= not writing.result()
+
+
+def _finished_files(plan, solved, tally, bar):
+    """Puts what the devices have solved into its files; those that are full then."""
+    parts, (x0, calls) = solved
+    calls = np.asarray(calls)
+    tally.calls += int(calls.max())
+    finished = []
+    for part, ends, calls_of_part in zip(parts, np.asarray(x0), calls, strict=False):  # spare devices repeat a part
+        ends = ends[: part.count]
+        if not np.isfinite(ends).all():
+            raise InputError(f"a solve did not reach sampling.tol = {plan.tol}; use a larger tolerance")
+        part.file.x0[part.rows[: part.count]] = ends
+        part.file.unsolved -= 1
+        tally.nfe[part.segment].append(int(calls_of_part))
+        tally.pairs += part.count
+        bar.update(part.count)
+        if not part.file.unsolved:
+            finished.append(part.file)
+    tally.files += len(finished)
+    return finished
+
+
+def _rows_of_part(plan, batch_size):
+    """The pairs that a device solves at a time: at most its share of `batch_size`, all parts of a segment alike.
+
+    It does not depend on how many devices there are if `batch_size` grows with them; the bytes then do not either.
+    """
     pairs = plan.file_size // plan.k
-    batches = math.ceil(pairs / batch_size)
-    devices = jax.local_device_count()
-    return math.ceil(pairs / batches / devices) * devices
+    most = max(1, batch_size // jax.local_device_count())
+    return math.ceil(pairs / math.ceil(pairs / most))
 
 
-def _segment_solver(plan, batch, make_velocity, params):
-    """The compiled program that solves a _Job: one for all segments, whose times it is told."""
+def _parts_solver(plan, size, make_velocity, params):
+    """The compiled program that solves a _Part on each device: one for all segments, whose times it is told."""
 
     def solve(params, x, t_start, t_end, index):
         velocity = make_velocity(params)
@@ -250,22 +332,29 @@ def _segment_solver(plan, batch, make_velocity, params):
 
     # Only this host's devices: the hosts make different files, in their own time.
     devices = jax.local_devices()
-    shape = (len(devices), batch // len(devices), *plan.image_shape)
     boundaries = np.asarray(plan.boundaries, np.float32)
     params = jax_utils.replicate(params, devices)
-    program = jax.pmap(solve, in_axes=(0, 0, None, None, None), devices=devices)
-    program = program.lower(params, np.zeros(shape, np.float32), *boundaries[:2], np.int32(0)).compile()
+    program = jax.pmap(solve, devices=devices)
+    times, index = np.zeros(len(devices), np.float32), np.zeros(len(devices), np.int32)
+    shape = (len(devices), size, *plan.image_shape)
+    program = program.lower(params, np.zeros(shape, np.float32), times, times, index).compile()
 
-    def solve_job(job):
-        x = job.file.x1[job.rows].astype(np.float32).reshape(shape)
-        return program(params, x, *boundaries[job.segment : job.segment + 2], np.int32(job.segment))
+    def solve_parts(parts):
+        parts = parts + [parts[-1]] * (len(devices) - len(parts))
+        x = np.stack([part.file.x1[part.rows] for part in parts]).astype(np.float32)
+        index = np.array([part.segment for part in parts], np.int32)
+        return program(params, x, boundaries[index], boundaries[index + 1], index)
 
-    return solve_job
+    return solve_parts
 
 
-def _jobs(plan, todo, images, batch):
-    """The batches of every file in turn."""
-    for number in todo:
+def _parts(plan, share, images, size, bar):
+    """The parts of every file of the share in turn."""
+    while True:
+        number, made = share.take()
+        bar.update(sum(map(plan.count, made)))
+        if number is None:
+            return
         layout = pairplan.file_layout(plan, number)
         x1 = pairplan.start_points(
             images_of_file(images, layout.first_image, plan.count(number), plan.k),
@@ -276,21 +365,25 @@ def _jobs(plan, todo, images, batch):
             dequantize=plan.dequantize,
             dtype=plan.dtype,
         )
-        file = _FileInWork(number, layout, x1, np.empty_like(x1))
+        parts_of_segment = math.ceil(plan.count(number) // plan.k / size)
+        file = _FileInWork(number, layout, x1, np.empty_like(x1), unsolved=plan.k * parts_of_segment)
         for segment in range(plan.k):
             rows = np.flatnonzero(layout.segment == segment)
-            # A device's part of a batch must not depend on how many devices there are, the repeated rows neither.
-            filled = np.resize(rows, math.ceil(len(rows) / batch) * batch)
-            for first in range(0, len(filled), batch):
-                last = segment == plan.k - 1 and first + batch == len(filled)
-                yield _Job(file, segment, filled[first : first + batch], min(batch, len(rows) - first), last)
+            filled = np.resize(rows, (parts_of_segment, size))
+            for place, rows_of_part in enumerate(filled):
+                yield _Part(file, segment, rows_of_part, min(size, len(rows) - place * size))
 
 
-def _dispatched_ahead(solve, jobs):
-    """(job, solve(job)) in turn, some jobs handed to the devices before the first is waited for."""
+def _in_groups(parts, size):
+    """Lists of `size` parts in turn, the last one shorter; they go on from one segment and file to the next."""
+    return iter(lambda: list(itertools.islice(parts, size)), [])
+
+
+def _dispatched_ahead(solve, groups):
+    """(parts, solve(parts)) in turn, some groups handed to the devices before the first is waited for."""
     waiting = collections.deque()
-    for job in jobs:
-        waiting.append((job, solve(job)))
+    for parts in groups:
+        waiting.append((parts, solve(parts)))
         if len(waiting) > BATCHES_AHEAD:
             yield waiting.popleft()
     yield from waiting
@@ -344,9 +437,31 @@ def _disk_errors_named(plan):
         raise
 
 
-def _remove_temporaries(plan, older_than):
-    """Removes the unfinished files that killed runs have left; a file being written now is younger than that."""
-    for path in plan.folder.glob(".reflow_batch_*.tmp") if plan.folder.exists() else ():
-        with contextlib.suppress(FileNotFoundError):  # another worker may clear up too
-            if time.time() - path.stat().mtime >= older_than:
-                path.unlink()
+@contextlib.contextmanager
+def _memory_errors_named(batch_size):
+    """One line for devices that are too small."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        raise InputError(
+            f"training.gen_reflow_size = {batch_size} is too large for the memory of the devices "
+            f"({str(error).splitlines()[0]}); use a smaller one"
+        ) from error
+
+
+def _remove_temporaries(plan, all_pairs=False):
+    """Removes the unfinished files that killed runs have left; a file being written now is younger than that.
+
+    `all_pairs`: of a set that is complete nobody needs a pair file any more, however young.
+    """
+    for folder, pattern, age in (
+        (plan.folder, ".reflow_batch_*.tmp", 0 if all_pairs else STALE_SECONDS),
+        (plan.folder, f".{pairplan.MANIFEST}.*.tmp", STALE_SECONDS),
+        (plan.folder.parent, f".{FIGURE}.*.tmp", STALE_SECONDS),
+    ):
+        for path in folder.glob(pattern) if folder.exists() else ():
+            with contextlib.suppress(FileNotFoundError):  # another worker may clear up too
+                if time.time() - path.stat().mtime >= age:
+                    path.unlink()

@@ -47,13 +47,6 @@ def problems(folder: epath.Path, manifest: dict | None, numbers: list[int]) -> d
     return found
 
 
-def repair(folder: epath.Path, manifest: dict, broken: list[int]) -> None:
-    """Removes the broken files and marks the set as incomplete, in the order that a kill between does no harm to."""
-    pairplan.write_manifest(folder, manifest | {"complete": False})
-    for number in broken:
-        (folder / pairfiles.file_name(number)).unlink()
-
-
 def main() -> int:
     """The script; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +80,12 @@ def main() -> int:
     if manifest is None:
         print("nothing is removed: without a manifest no run of gen_reflow could make these files again")
         return 1
-    repair(folder, manifest, broken)
+    try:
+        with pairfiles.os_errors():
+            pairplan.reopen_set(folder, broken)
+    except OSError as error:
+        print(f"{folder} cannot be changed: {error}; repair it where it can be written")
+        return 1
     print(f"removed {len(broken)} broken files; run gen_reflow again, which makes them")
     return 0 if len(broken) == len(found) else 1
 

@@ -90,8 +90,13 @@ def generate(folder, batch_size=4, worker=(1, 1), images=None, **changes):
 
 
 def digests(folder) -> dict[str, str]:
-    """A digest of the bytes of every file in the folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """A digest of the bytes of every file in the folder, but for manifests that a killed process has begun to claim.
+
+    Those are cleared away by their age alone: a process may be about to give one its name. Anything else that is left
+    behind counts.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if not path.match(".manifest.json.*.tmp")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:

@@ -1,5 +1,6 @@
 """Pair generation: what the pairs are, and that every way of making a set ends in the same bytes."""
 
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -12,6 +13,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import threading
 import time
 
 import jax
@@ -219,6 +221,123 @@ def test_a_run_makes_only_what_is_missing_or_broken(whole_set, tmp_path):
     assert pair_maker.generate(folder).files == 0
 
 
+@pytest.fixture(scope="module")
+def other_set(tmp_path_factory):
+    """The folder of the same set in other bytes, those of another batch."""
+    folder = tmp_path_factory.mktemp("other") / "reflow_batch"
+    pair_maker.generate(folder, batch_size=2)
+    return folder
+
+
+def test_a_wrong_file_does_not_become_the_right_one_by_running_again(whole_set, other_set, tmp_path):
+    folder = tmp_path / "p"
+    shutil.copytree(whole_set, folder)
+    shutil.copy(other_set / "reflow_batch_2.npz", folder)
+    manifest = (folder / "manifest.json").read_bytes()
+    with pytest.raises(pairfiles.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those.*--repair"):
+        pair_maker.generate(folder, worker=(1, 2))  # which has nothing to do
+    assert (folder / "manifest.json").read_bytes() == manifest
+    (folder / "reflow_batch_3.npz").unlink()
+    with pytest.raises(pairfiles.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those"):
+        pair_maker.generate(folder, worker=(1, 2))  # which makes a file, and would complete the set
+    assert not json.loads((folder / "manifest.json").read_text())["complete"]
+    assert pair_maker.generate(folder, worker=(2, 2)).files == 1
+    assert pair_maker.digests(folder) == pair_maker.digests(whole_set)
+
+
+@pytest.mark.parametrize("killed_in", ["write_manifest", "_refuse_small_disk", "_make_files"])
+def test_a_wrong_file_is_made_again_wherever_its_repair_is_killed(
+    whole_set, other_set, tmp_path, monkeypatch, killed_in
+):
+    folder = tmp_path / "p"
+    shutil.copytree(whole_set, folder)
+    shutil.copy(other_set / "reflow_batch_2.npz", folder)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairplan if killed_in == "write_manifest" else reflow, killed_in, kill)
+        with pytest.raises(KeyboardInterrupt):
+            pair_maker.generate(folder)
+    assert pair_maker.generate(folder).files == 1
+    assert pair_maker.digests(folder) == pair_maker.digests(whole_set)
+
+
+def test_a_file_that_somebody_else_has_made_by_now_stays(whole_set, other_set, tmp_path):
+    folder, read = tmp_path / "p", []
+
+    class Overtaken(pair_maker.Images):
+        def read(self, start, count):
+            read.append(start // 12 + 1)
+            if start == 24:  # of the third file: the one that is being made, and the one after it
+                shutil.copy(other_set / "reflow_batch_3.npz", folder)
+                shutil.copy(other_set / "reflow_batch_4.npz", folder)
+            return super().read(start, count)
+
+    summary = pair_maker.generate(folder, images=Overtaken())
+    assert read == [1, 2, 3, 5]
+    assert (summary.files, summary.pairs, summary.complete) == (4, 48, True)
+    for number in range(1, 6):
+        name, made_by = pairfiles.file_name(number), other_set if number in (3, 4) else whole_set
+        assert (folder / name).read_bytes() == (made_by / name).read_bytes()
+    assert len(reflow.PairSet(folder)) == 60
+
+
+def test_two_workers_on_one_share_do_not_do_it_twice(tmp_path):
+    many = {"pairs": 480, "file_size": 12}
+    pair_maker.generate(tmp_path / "one", **many)
+
+    begin = threading.Barrier(2)
+
+    class SlowImages(pair_maker.Images):
+        def read(self, start, count):
+            if start == 0:
+                begin.wait(60)  # for the other worker, which begins with the first file too
+            time.sleep(0.02)
+            return super().read(start, count)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        made = [both.submit(pair_maker.generate, tmp_path / "two", images=SlowImages(), **many) for _ in range(2)]
+    files = [summary.result().files for summary in made]
+    assert min(files) > 5
+    assert 40 <= sum(files) < 60  # 80 if both did everything
+    assert all(summary.result().complete for summary in made)
+    assert pair_maker.digests(tmp_path / "two") == pair_maker.digests(tmp_path / "one")
+
+
+def test_the_batch_of_a_device_and_the_bytes_do_not_depend_on_the_number_of_devices(tmp_path):
+    ten_of_a_segment = {"pairs": 75, "file_size": 30}  # the last file is shorter
+    child = pair_maker.process(devices=1, folder=tmp_path / "one", batch_size=4, **ten_of_a_segment)
+    children = [child, pair_maker.process(devices=7, folder=tmp_path / "seven", batch_size=28, **ten_of_a_segment)]
+    pair_maker.generate(tmp_path / "two", batch_size=8, **ten_of_a_segment)
+    for child in children:
+        child.join()
+    assert pair_maker.digests(tmp_path / "one") == pair_maker.digests(tmp_path / "two")
+    assert pair_maker.digests(tmp_path / "seven") == pair_maker.digests(tmp_path / "two")
+
+
+def test_no_device_idles_where_files_and_segments_do_not_fill_them(tmp_path, monkeypatch):
+    groups, in_groups = [], reflow._in_groups
+
+    def noted(parts, size):
+        for group in in_groups(parts, size):
+            groups.append([(part.file.number, part.segment, part.count) for part in group])
+            yield group
+
+    monkeypatch.setattr(reflow, "_in_groups", noted)
+    pair_maker.generate(tmp_path / "p", pairs=45, file_size=15, batch_size=10)  # a part is a segment of a file
+    assert groups == [
+        [(1, 0, 5), (1, 1, 5)],
+        [(1, 2, 5), (2, 0, 5)],
+        [(2, 1, 5), (2, 2, 5)],
+        [(3, 0, 5), (3, 1, 5)],
+        [(3, 2, 5)],
+    ]
+    pairs = arrays_of(tmp_path / "p")
+    np.testing.assert_allclose(pairs["x0"], pair_maker.flow(pairs["x1"], pairs["t1"], pairs["t0"]), atol=1e-3)
+
+
 def test_any_mix_of_workers_ends_in_the_same_set(whole_set, tmp_path):
     folder = tmp_path / "p"
     assert [pair_maker.generate(folder, worker=(i, 3)).complete for i in (3, 1, 1)] == [False, False, False]
@@ -238,6 +357,16 @@ def test_two_hosts_make_the_same_set_as_one(whole_set, tmp_path):
         host.join()
         assert host.exitcode == 0
     assert pair_maker.digests(tmp_path / "p") == pair_maker.digests(whole_set)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_broken_file_of_one_host_is_made_again_while_the_other_waits(whole_set, other_set, tmp_path, damage):
+    shutil.copytree(whole_set, tmp_path / "p")
+    if damage == "cut":
+        os.truncate(tmp_path / "p" / "reflow_batch_4.npz", 1000)
+    else:
+        shutil.copy(other_set / "reflow_batch_4.npz", tmp_path / "p")
+    test_two_hosts_make_the_same_set_as_one(whole_set, tmp_path)
 
 
 def test_twenty_kills_leave_the_same_set(tmp_path):
@@ -383,6 +512,59 @@ def test_a_dangling_link_is_refused(tmp_path):
         pair_maker.generate(tmp_path / "p")
 
 
+def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeypatch):
+    solved, dispatched = [], reflow._dispatched_ahead
+
+    def counted(*arguments):
+        for result in dispatched(*arguments):
+            solved.append(result)
+            time.sleep(0.01)
+            yield result
+
+    def fail(path, arrays):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(reflow, "_dispatched_ahead", counted)
+    monkeypatch.setattr(reflow, "draw_pairs", lambda *_: None)
+    monkeypatch.setattr(pairfiles, "write_pairs", fail)
+    with pytest.raises(InputError, match="is full"):
+        pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)  # 150 groups a file
+    assert 150 <= len(solved) < 225
+
+
+def test_a_batch_that_the_devices_cannot_hold_is_one_line(tmp_path):
+    def make_velocity(params):
+        def velocity(x, t, index):
+            wide = jax.numpy.sort(params * x.ravel()[0] + jax.numpy.arange(2**45, dtype=np.float32))
+            return x * wide[3]
+
+        return velocity
+
+    plan = pair_maker.plan(tmp_path / "p")
+    with pytest.raises(InputError, match=r"training\.gen_reflow_size = 4 is too large for the memory") as error:
+        reflow.generate(plan, pair_maker.Images(), make_velocity, np.float32(1), batch_size=4, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_what_kills_have_left_is_cleared_away_when_nobody_can_need_it(tmp_path):
+    folder = tmp_path / "samples" / "reflow_batch"
+    pair_maker.generate(folder)
+    pair_file, manifest = folder / ".reflow_batch_2.npz.0.tmp", folder / ".manifest.json.0.tmp"
+    figure = folder.parent / ".pairs.png.0.tmp"
+    for path in (pair_file, manifest, figure):
+        path.touch()
+    pair_maker.generate(folder)
+    assert not pair_file.exists()  # the set is complete
+    assert manifest.exists()  # another process may be about to name it
+    assert figure.exists()
+    for path in (manifest, figure):
+        os.utime(path, (0, time.time() - 2 * reflow.STALE_SECONDS))
+    pair_maker.generate(folder)
+    assert not manifest.exists()
+    assert not figure.exists()
+    assert len(list(folder.parent.iterdir())) == 2
+
+
 def test_a_solve_that_misses_its_tolerance_stores_nothing(tmp_path):
     def make_velocity(params):
         return lambda x, t, index: params * np.nan * x
@@ -405,6 +587,36 @@ def test_of_two_workers_that_begin_at_once_one_manifest_wins(tmp_path, monkeypat
         pairplan.begin_manifest(second, {})
     assert (tmp_path / "p" / "manifest.json").read_bytes() == before
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["manifest.json"]
+
+
+def test_of_two_divisions_found_at_once_the_first_is_taken_over(tmp_path):
+    first = pair_maker.plan(tmp_path / "p", boundaries=[1, 0.7, 0.3, 0])
+    second = pair_maker.plan(tmp_path / "p", boundaries=[1, 0.6, 0.3, 0])
+    assert reflow.claim_plan(first, {"adaptive": True, "cost_adaptive": 1.0}) == first
+    assert reflow.claim_plan(second, {"adaptive": True, "cost_adaptive": 2.0}) == first
+    assert reflow.read_manifest(tmp_path / "p")["cost_adaptive"] == 1
+    params, other = {"one": np.float32(1)}, pair_maker.plan(tmp_path / "p", boundaries=[1, 0.5, 0])
+    arguments = (pair_maker.Images(), pair_maker.make_velocity, params)
+    assert reflow.generate(second, *arguments, batch_size=4, extra={"adaptive": True}, progress=False).complete
+    assert set(arrays_of(tmp_path / "p")["t1"]) == set(np.float32([1, 0.7, 0.3]))
+    for plan, extra in ((other, {"adaptive": True}), (second, {"adaptive": False}), (second, {})):
+        with pytest.raises(InputError, match="boundaries"):
+            reflow.claim_plan(plan, extra)
+
+
+def test_files_of_two_divisions_do_not_mix_where_a_manifest_was_replaced(tmp_path):
+    folder = tmp_path / "p"
+    other = pair_maker.plan(tmp_path / "q", boundaries=[1, 0.7, 0.3, 0])
+    pairplan.begin_manifest(other, {})
+
+    class Replaced(pair_maker.Images):  # as an object store does, which knows no links
+        def read(self, start, count):
+            shutil.copy(tmp_path / "q" / "manifest.json", folder)
+            return super().read(start, count)
+
+    with pytest.raises(InputError, match="boundaries"):
+        pair_maker.generate(folder, images=Replaced())
+    assert not list(folder.glob("*.npz"))
 
 
 def test_extra_entries_stay_in_the_manifest(tmp_path):
