@@ -8,6 +8,7 @@ never unpickles.
 import contextlib
 import json
 import logging
+import os
 from typing import Any
 
 import flax
@@ -20,6 +21,10 @@ import models
 from utils import InputError, atomic_path
 
 logger = logging.getLogger("seqrf")
+
+_TREES = ("params", "ema_params", "mu", "nu")
+_LONGEST_HEADER = 100_000_000  # of an exported file, as safetensors has it
+_NOT_OURS = "is not a file that SeqRF exported (PyTorch checkpoints go to training.import_torch)"
 
 STAGES = ("1_rf", "2_rf", "2_distill")
 # The settings that make two networks different networks.
@@ -43,16 +48,27 @@ ARCHITECTURE = {
         "progressive_combine",
         "nonlinearity",
         "scale_by_sigma",
+        "sigma_min",
+        "sigma_max",
     ],
 }
 
 
-def describe(config, stage: str, boundaries, source: str) -> dict[str, Any]:
-    """What is written beside a state: the stage, the network's settings, its segments and where it started from."""
+def describe(config, stage: str, boundaries, *, source: str = "", teacher: str | None = None) -> dict[str, Any]:
+    """What is written beside a state: the stage, the network's settings, its segments and what it learned from.
+
+    Args:
+      boundaries: k + 1 times, from 1 to 0.
+      source: where the starting weights came from.
+      teacher: the fingerprint of the model that made the pairs; None where there are none.
+    """
     settings = {section: {key: config[section][key] for key in keys} for section, keys in ARCHITECTURE.items()}
+    if not models.create_model(config).uses_sigma_table:
+        settings["model"] |= {"sigma_min": None, "sigma_max": None}  # networks that differ only there are the same
+    learned = {"stage": stage, "source": source, "teacher": teacher}
     segmented = {"k": len(boundaries) - 1, "boundaries": [float(b) for b in boundaries]}
     # Through JSON and back: tuples become lists, as they will be when read.
-    return json.loads(json.dumps({"stage": stage, "source": source, **segmented, **settings}))
+    return json.loads(json.dumps({**learned, **segmented, **settings}))
 
 
 class RunCheckpoints:
@@ -90,13 +106,15 @@ class RunCheckpoints:
             return None
         manager = self._kept if self._kept.latest_step() == step else self._latest
         folder = epath.Path(manager.directory) / str(step)
-        tree, saved = _read(folder)
-        for key in ("stage", "k", "boundaries", *ARCHITECTURE):
-            if saved.get(key) != info[key]:
+        saved = _read_info(folder)
+        for key in ("stage", "k", "boundaries"):
+            if saved[key] != info[key]:
                 raise InputError(
-                    f"{folder} was trained with {key} = {saved.get(key)}, this run says {info[key]}; "
+                    f"{folder} was trained with {key} = {saved[key]}, this run says {info[key]}; "
                     "use another --workdir or the same settings"
                 )
+        _refuse_other_network(folder, saved, info, "use another --workdir or the same settings")
+        tree = _read_state(folder)
         try:
             state = flax.serialization.from_state_dict(like, tree)
         except (ValueError, KeyError) as error:
@@ -112,31 +130,52 @@ class RunCheckpoints:
 
 def _manager(folder, max_to_keep):
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=jax.process_index() == 0)
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+    return ocp.CheckpointManager(_absolute(folder), options=options)
 
 
-def _read(folder) -> tuple[dict, dict]:
-    """(state as nested dicts of NumPy arrays, info) of one checkpoint folder."""
-    folder = epath.Path(folder).absolute()
-    with _damage_named(folder):
+def _is_local(path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _absolute(path):
+    """`path` as orbax asks for it: from the root. A remote one is; `absolute` would put it below the current folder."""
+    path = epath.Path(path)
+    return path.absolute() if _is_local(path) else path
+
+
+def _read_state(folder) -> dict:
+    """The state of one checkpoint folder as nested dicts of NumPy arrays."""
+    folder = _absolute(folder)
+    with _damage_named(f"{folder} is not a whole checkpoint of ours"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
         tree["opt_state"]["0"] = {}  # clipping has no state, which orbax writes as nothing
-    return tree, _read_info(folder)
+        return tree
 
 
 def _read_info(folder) -> dict:
-    with _damage_named(folder):
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info")
+    folder = _absolute(folder)
+    with _damage_named(f"{folder} is not a whole checkpoint of ours"):
+        return _complete(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
+
+
+def _complete(info: dict) -> dict:
+    """`info` with None for what versions before this one did not write; raises ValueError where more is missing."""
+    for key, kind in {"stage": str, "k": int, "boundaries": list, **dict.fromkeys(ARCHITECTURE, dict)}.items():
+        if not isinstance(info.get(key), kind):
+            raise ValueError(f"its description lacks {key!r}")
+    if len(info["boundaries"]) != info["k"] + 1:
+        raise ValueError(f"its description has k = {info['k']} and {len(info['boundaries'])} boundaries")
+    return {"source": None, "teacher": None, **info}
 
 
 @contextlib.contextmanager
-def _damage_named(folder):
+def _damage_named(what: str):
     try:
         yield
     except Exception as error:
-        # orbax, tensorstore and the JSON reader each raise what they like for a damaged folder.
+        # orbax, tensorstore, safetensors and the JSON reader each raise what they like for damaged files.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder} is not a whole checkpoint of ours: {reason[:200]}") from error
+        raise InputError(f"{what}: {reason[:200]}") from error
 
 
 def steps_in(stage_folder) -> list[int]:
@@ -147,9 +186,16 @@ def steps_in(stage_folder) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
-def boundaries_of(folder) -> list[float]:
-    """The segment boundaries that the checkpoint `<stage>/checkpoints/<step>` was trained with, in t."""
-    return _read_info(epath.Path(folder).absolute())["boundaries"]
+def info_of(path) -> dict[str, Any]:
+    """What was noted beside the weights at `path` (all that `load_weights` takes): `describe`. No array is read.
+
+    "source" and "teacher" are None where an older version wrote it.
+
+    Raises:
+      InputError: nothing there, or damaged.
+    """
+    path = _found(path)
+    return _file_info(path) if path.is_file() else _read_info(path)
 
 
 def load_weights(path, config) -> models.Weights:
@@ -163,52 +209,75 @@ def load_weights(path, config) -> models.Weights:
     Raises:
       InputError: nothing there, damaged, or another network; the message names the first setting that differs.
     """
-    weights, info = load_with_info(path)
-    wanted = describe(config, "", [1, 0], "")
+    path = _found(path)  # once: a run that goes on may keep another checkpoint meanwhile
+    info, k = info_of(path), config.training.reflow_t
+    wanted = describe(config, "", [1, 0])
+    _refuse_other_network(path, info, wanted, "choose another checkpoint or the configuration it was trained with")
+    if info["k"] not in (1, k):
+        raise InputError(
+            f"{path} has {info['k']} time-embedding heads, this run has k = {k}; set training.reflow_t to "
+            f"{info['k']} or choose a checkpoint with one head"
+        )
+    weights, _ = load_with_info(path)
+    shapes = models.weight_shapes(models.create_model(config).clone(heads=info["k"]))
+    for name in _TREES:
+        _check_shapes(f"{path}: {name}", getattr(weights, name), shapes)
+    return weights.replace(**{name: models.expand_heads(getattr(weights, name), k) for name in _TREES})
+
+
+def _refuse_other_network(path, info: dict, wanted: dict, remedy: str):
     for section, keys in ARCHITECTURE.items():
         for key in keys:
-            if info[section].get(key) != wanted[section][key]:
+            asked = wanted[section][key]
+            if key not in info[section] and asked is not None:
                 raise InputError(
-                    f"{path} holds a network with {section}.{key} = {info[section].get(key)}, "
-                    f"this run has {wanted[section][key]}; set --config.{section}.{key} or choose another checkpoint"
+                    f"{path} does not say its network's {section}.{key}, which older versions did not note and this "
+                    f"run has at {asked}; {remedy}"
                 )
-    k = config.training.reflow_t
-    if info["k"] not in (1, k):
-        raise InputError(f"{path} has {info['k']} time-embedding heads, this run has k = {k}; set training.reflow_t")
+            if info[section].get(key) != asked:
+                raise InputError(
+                    f"{path} holds a network with {section}.{key} = {info[section].get(key)}, this run has {asked}; "
+                    f"{remedy}"
+                )
 
-    def expand(tree):
-        return models.expand_heads(tree, k)
 
-    return weights.replace(
-        params=expand(weights.params),
-        ema_params=expand(weights.ema_params),
-        mu=expand(weights.mu),
-        nu=expand(weights.nu),
-    )
+def _check_shapes(what: str, tree, shapes):
+    leaves = flax.traverse_util.flatten_dict(tree)
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    for path in sorted(shapes.keys() | found.keys()):
+        if found.get(path) != shapes.get(path):
+            raise InputError(
+                f"{what}/{'/'.join(path)} has shape {found.get(path, 'none: it is missing')}, the network's is "
+                f"{shapes.get(path, 'none')}; convert or train it again"
+            )
 
 
 def load_with_info(path) -> tuple[models.Weights, dict]:
-    """The weights at `path` as they are, with their own number of heads, and their `describe`. Errors as above."""
-    path = epath.Path(path)
-    if not path.exists():
-        raise InputError(f"no checkpoint at {path}")
+    """The weights at `path` as they are, with their own number of heads, and their `info_of`. Errors as there."""
+    path = _found(path)
+    info = info_of(path)
     if path.is_file():
-        return _load_file(path)
-    tree, info = _read(_checkpoint_folder(path))
-    _, adam, _ = (tree["opt_state"][place] for place in "012")  # the chain of `losses.optimizer`
-    weights = models.Weights(
-        params=tree["params"],
-        ema_params=tree["ema_params"],
-        mu=adam["mu"],
-        nu=adam["nu"],
-        count=int(adam["count"]),
-        step=int(tree["step"]),
-    )
+        return _file_weights(path, info), info
+    tree = _read_state(path)
+    with _damage_named(f"{path} is not a whole checkpoint of ours"):
+        _, adam, _ = (tree["opt_state"][place] for place in "012")  # the chain of `losses.optimizer`
+        weights = models.Weights(
+            params=tree["params"],
+            ema_params=tree["ema_params"],
+            mu=adam["mu"],
+            nu=adam["nu"],
+            count=int(adam["count"]),
+            step=int(tree["step"]),
+        )
     return weights, info
 
 
-def _checkpoint_folder(path):
-    if (path / "state").is_dir():
+def _found(path):
+    """The exported file or the checkpoint folder that `path` means."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}")
+    if path.is_file() or (path / "state").is_dir():
         return path
     if path.name == "checkpoints":
         path = path.parent
@@ -220,38 +289,46 @@ def _checkpoint_folder(path):
     return trained[0] / "checkpoints" / str(steps_in(trained[0])[-1])
 
 
-def export_file(path, weights: models.Weights, config):
-    """Writes weights, EMA and Adam moments as one safetensors file that `load_weights` reads without torch."""
-    from safetensors.numpy import save
+def export_file(path, weights: models.Weights, config, boundaries=None):
+    """Writes weights, EMA and Adam moments as one safetensors file that `load_weights` reads without torch.
 
-    k = config.training.reflow_t if "training" in config else 1
-    info = describe(config, "exported", np.linspace(1, 0, k + 1), str(path))
+    Args:
+      path: local or remote. A local file is written array by array, a remote one needs its size in memory twice.
+      boundaries: the segments that the weights were trained on; None: k = training.reflow_t uniform ones.
+    """
+    from safetensors.numpy import save, save_file
+
+    if boundaries is None:
+        boundaries = np.linspace(1, 0, (config.training.reflow_t if "training" in config else 1) + 1)
+    info = describe(config, "exported", boundaries, source=str(path))
     trees = {name: getattr(weights, name) for name in (*_TREES, "extras")}
     arrays = {name: np.asarray(a, order="C") for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
-    info = {**info, "count": int(weights.count), "step": int(weights.step)}
+    metadata = {"seqrf": json.dumps({**info, "count": int(weights.count), "step": int(weights.step)})}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata={"seqrf": json.dumps(info)}))
+        if _is_local(temporary):
+            save_file(arrays, os.fspath(temporary), metadata)
+        else:
+            temporary.write_bytes(save(arrays, metadata))
 
 
-def _load_file(path) -> tuple[models.Weights, dict]:
-    from safetensors import SafetensorError, safe_open
+def _file_info(path) -> dict:
+    """The description in an exported file: of its header, which says how long it is, one entry."""
+    with _damage_named(f"{path} {_NOT_OURS}"), path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _LONGEST_HEADER:
+            raise ValueError("it does not begin as one")
+        info = json.loads(json.loads(stream.read(size))["__metadata__"]["seqrf"])
+        return _complete(info)
 
-    try:
-        with safe_open(path, framework="np") as file:
-            info = json.loads((file.metadata() or {})["seqrf"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+def _file_weights(path, info: dict) -> models.Weights:
+    from safetensors.numpy import load, load_file
+
+    with _damage_named(f"{path} {_NOT_OURS}"):
+        arrays = load_file(os.fspath(path)) if _is_local(path) else load(path.read_bytes())
         trees = flax.traverse_util.unflatten_dict(arrays, sep="/")
-        count, step = info["count"], info["step"]
-        return models.Weights(
-            **{name: trees[name] for name in _TREES}, extras=trees.get("extras", {}), count=count, step=step
-        ), info
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise InputError(
-            f"{path} is not a file that SeqRF exported ({error}); PyTorch checkpoints go to training.import_torch"
-        ) from error
-
-
-_TREES = ("params", "ema_params", "mu", "nu")
+        parts = {name: trees[name] for name in _TREES}
+        return models.Weights(**parts, extras=trees.get("extras", {}), count=int(info["count"]), step=int(info["step"]))
 
 
 def log_found(what: str, weights: models.Weights):

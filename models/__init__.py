@@ -1,6 +1,15 @@
 """The velocity networks: made from a configuration, filled from a checkpoint."""
 
-from models.factory import create_model, expand_heads, init_params, velocity_fn
+from models.factory import create_model, expand_heads, init_params, velocity_fn, weight_shapes
 from models.torch_checkpoint import Weights, export_torch, import_torch
 
-__all__ = ["Weights", "create_model", "expand_heads", "export_torch", "import_torch", "init_params", "velocity_fn"]
+__all__ = [
+    "Weights",
+    "create_model",
+    "expand_heads",
+    "export_torch",
+    "import_torch",
+    "init_params",
+    "velocity_fn",
+    "weight_shapes",
+]

@@ -1,6 +1,9 @@
 """Networks from configurations: every option checked, weights made, heads copied."""
 
+import functools
 import numbers
+import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +146,15 @@ def init_params(model: NCSNpp, rng, image_shape: tuple[int, int, int]):
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     label, index = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return model.lazy_init(rng, image, label, index)["params"]
+
+
+@functools.lru_cache(maxsize=32)  # tracing takes seconds, and every checkpoint of a run asks again
+def weight_shapes(model: NCSNpp) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+    """The shape of every weight of `model` by its path in the tree. Nothing is allocated."""
+    image_shape = (model.image_size, model.image_size, model.channels)
+    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), image_shape))
+    shapes = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return types.MappingProxyType(shapes)
 
 
 def expand_heads(params, k: int):

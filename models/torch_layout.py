@@ -4,13 +4,10 @@ All of it follows from the names in our own parameter tree, whatever the configu
 """
 
 import dataclasses
-import functools
 
-import jax
 import numpy as np
-from flax import traverse_util
 
-from models.factory import init_params
+from models.factory import weight_shapes
 from models.ncsnpp import NCSNpp
 
 # PyTorch numbers parameters in the order they were made, which inside a module is this one.
@@ -88,14 +85,10 @@ class Entry:
 Entries = tuple[Entry, ...]
 
 
-@functools.lru_cache(maxsize=32)  # tracing takes seconds, and every checkpoint of a run asks again
 def entries_of(model: NCSNpp) -> Entries:
     """Every weight of `model`, taken with one head, in PyTorch's order. Shapes only: nothing is allocated."""
-    model = model.clone(heads=1)
-    image_shape = (model.image_size, model.image_size, model.channels)
-    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), image_shape))
     entries = [
-        Entry(path, leaf.shape, idle="Dense_0" in path and not model.conditional)
-        for path, leaf in traverse_util.flatten_dict(tree).items()
+        Entry(path, shape, idle="Dense_0" in path and not model.conditional)
+        for path, shape in weight_shapes(model.clone(heads=1)).items()
     ]
     return tuple(sorted(entries, key=lambda entry: entry.place))

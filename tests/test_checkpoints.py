@@ -1,6 +1,13 @@
+import json
+import types
+
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from flax import traverse_util
+from pair_maker import mount_bucket
+from safetensors.numpy import load_file, save_file
 
 import checkpoints
 import losses
@@ -40,7 +47,7 @@ def same(a, b):
 
 
 def info(config, stage="1_rf"):
-    return checkpoints.describe(config, stage, np.linspace(1, 0, config.training.reflow_t + 1), "")
+    return checkpoints.describe(config, stage, np.linspace(1, 0, config.training.reflow_t + 1))
 
 
 def saved(folder, config, weights, *steps, keep=True):
@@ -127,6 +134,173 @@ def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):
         checkpoints.load_weights(tmp_path, tiny_config())
 
 
-def test_boundaries_are_kept_with_the_weights(tmp_path, weights):
-    saved(tmp_path / "1_rf", tiny_config(), weights, 10)
-    assert checkpoints.boundaries_of(tmp_path / "1_rf" / "checkpoints" / "10") == [1.0, 0.0]
+UNEVEN = [1.0, 0.7, 0.0]
+
+
+def learned(folder, weights, **more):
+    """A stage's folder with one checkpoint of two uneven segments."""
+    noted = checkpoints.describe(tiny_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
+    kept = checkpoints.RunCheckpoints(folder)
+    kept.save(state_of(expanded(weights, 2), 10), {**noted, **more}, keep=True)
+    kept.close()
+
+
+def expanded(weights, k):
+    trees = {name: models.expand_heads(getattr(weights, name), k) for name in ("params", "ema_params", "mu", "nu")}
+    return weights.replace(**trees)
+
+
+@pytest.mark.parametrize("place", ["", "2_rf", "2_rf/checkpoints", "2_rf/checkpoints/10"])
+def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
+    learned(tmp_path / "2_rf", weights)
+    (tmp_path / "2_rf" / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"broken")
+    noted = checkpoints.info_of(tmp_path / place)
+    assert (noted["stage"], noted["k"], noted["boundaries"]) == ("2_rf", 2, UNEVEN)
+    assert (noted["source"], noted["teacher"]) == ("runs/a", "0f")
+
+
+def test_an_exported_file_keeps_uneven_boundaries(tmp_path, weights):
+    path = tmp_path / "exported.safetensors"
+    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2), UNEVEN)
+    assert checkpoints.info_of(path)["boundaries"] == UNEVEN
+    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2))
+    assert checkpoints.info_of(path)["boundaries"] == [1.0, 0.5, 0.0]
+    assert checkpoints.info_of(path)["teacher"] is None
+
+
+def without(description, *path):
+    *sections, key = path
+    for section in sections:
+        description = description[section]
+    del description[key]
+
+
+def respoken(path, change):
+    """The exported file `path` with its description changed by change(description)."""
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    description = json.loads(header["__metadata__"]["seqrf"])
+    change(description)
+    save_file(load_file(path), path, {"seqrf": json.dumps(description)})
+
+
+def test_what_older_versions_did_not_note_is_said(tmp_path, weights):
+    path, config = tmp_path / "exported.safetensors", tiny_config()
+    checkpoints.export_file(path, weights, config)
+    respoken(path, lambda d: (without(d, "source"), without(d, "teacher"), without(d, "model", "sigma_max")))
+    assert checkpoints.info_of(path)["source"] is checkpoints.info_of(path)["teacher"] is None
+    same(checkpoints.load_weights(path, config).params, weights.params)
+    respoken(path, lambda d: without(d, "model", "fir"))
+    with pytest.raises(InputError, match=r"does not say its network's model\.fir, which older versions did not note"):
+        checkpoints.load_weights(path, config)
+    respoken(path, lambda d: without(d, "model"))
+    with pytest.raises(InputError, match=r"exported .*: its description lacks 'model'"):
+        checkpoints.load_weights(path, config)
+    respoken(path, lambda d: d.update(model={}, k=3))
+    with pytest.raises(InputError, match="k = 3 and 2 boundaries"):
+        checkpoints.info_of(path)
+
+
+def test_a_run_of_an_older_version_is_resumed_unless_it_may_be_another_network(tmp_path, weights):
+    config = tiny_config()
+    like = jax.eval_shape(lambda: state_of(weights, 0))
+
+    def resumed(step):
+        noted = info(config)
+        del noted["model"]["sigma_min"], noted["model"]["sigma_max"], noted["teacher"]
+        kept = checkpoints.RunCheckpoints(tmp_path)
+        kept.save(state_of(weights, step), noted, keep=True)
+        kept.close()
+        kept = checkpoints.RunCheckpoints(tmp_path)
+        try:
+            return kept.resume(like, info(config)).step
+        finally:
+            kept.close()
+
+    assert resumed(3) == 3
+    config.model.scale_by_sigma = True
+    with pytest.raises(InputError, match=r"does not say its network's model\.sigma_min"):
+        resumed(4)
+
+
+def test_noise_levels_matter_where_the_network_uses_them(tmp_path, weights):
+    path, config = tmp_path / "exported.safetensors", tiny_config()
+    other = tiny_config()
+    other.model.sigma_max = 30.0
+    checkpoints.export_file(path, weights, config)
+    checkpoints.load_weights(path, other)
+    config.model.scale_by_sigma = other.model.scale_by_sigma = True
+    checkpoints.export_file(path, weights, config)
+    checkpoints.load_weights(path, config)
+    with pytest.raises(InputError, match=r"model\.sigma_max = 50\.0, this run has 30\.0"):
+        checkpoints.load_weights(path, other)
+
+
+def spoilt(weights, change):
+    """`weights` with change(leaves of one of its trees by path) made to the moments."""
+    leaves = traverse_util.flatten_dict(weights.mu)
+    change(leaves)
+    return weights.replace(mu=traverse_util.unflatten_dict(leaves))
+
+
+HEAD = ("all_modules_0", "head_bias")
+CHANGES = {
+    "missing": (lambda leaves: leaves.pop(HEAD), r"mu/all_modules_0/head_bias has shape none: it is missing"),
+    "extra": (
+        lambda leaves: leaves.update({("more",): np.zeros(3)}),
+        r"mu/more has shape \(3,\), the network's is none",
+    ),
+    "heads": (
+        lambda leaves: leaves.update({HEAD: np.zeros((3, 16))}),
+        r"mu/all_modules_0/head_bias has shape \(3, 16\), the network's is \(1, 16\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_weights_that_are_not_the_networks_are_named(tmp_path, weights, kind, name):
+    change, expected = CHANGES[name]
+    path = tmp_path / kind
+    if kind == "file":
+        checkpoints.export_file(path, spoilt(weights, change), tiny_config())
+    else:
+        saved(path, tiny_config(), spoilt(weights, change), 10)
+    with pytest.raises(InputError, match=expected):
+        checkpoints.load_weights(path, tiny_config(k=2))
+
+
+def test_other_heads_are_named(tmp_path, weights):
+    learned(tmp_path, weights)
+    with pytest.raises(InputError, match=r"2 time-embedding heads, this run has k = 3; set training\.reflow_t to 2"):
+        checkpoints.load_weights(tmp_path, tiny_config(k=3))
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
+    for content in (b"", b"PK\x03\x04 and more than eight", (2).to_bytes(8, "little") + b"{}"):
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        for read in (checkpoints.info_of, checkpoints.load_with_info):
+            with pytest.raises(InputError, match="not a file that SeqRF exported"):
+                read(path)
+
+
+def test_remote_files_are_written_and_read(tmp_path, weights, monkeypatch):
+    mount_bucket(monkeypatch, tmp_path)
+    path = epath.Path("gs://bucket/exported.safetensors")
+    checkpoints.export_file(path, weights, tiny_config())
+    checkpoints.export_file(tmp_path / "local", weights, tiny_config())
+    loaded = checkpoints.load_weights(path, tiny_config())
+    same((loaded.params, loaded.nu), (weights.params, weights.nu))
+    assert checkpoints.load_weights(tmp_path / "local", tiny_config()).step == loaded.step == 30
+    assert {entry.name for entry in tmp_path.iterdir()} == {"exported.safetensors", "local"}
+
+
+def test_a_bucket_is_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        checkpoints.ocp, "CheckpointManager", lambda directory, options: types.SimpleNamespace(directory=directory)
+    )
+    for path in ("gs://bucket/run", epath.Path("gs://bucket/run")):
+        assert str(checkpoints._manager(path, max_to_keep=1).directory) == "gs://bucket/run"
+    assert str(checkpoints._manager("run", max_to_keep=1).directory) == str(tmp_path / "run")
