@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from etils import epath
 from isal import isal_zlib
+from jaxtyping import Float, UInt32
 
 from utils import InputError
 
@@ -38,7 +39,8 @@ FILE_NAME = re.compile(r"reflow_batch_(\d+)\.npz")
 ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, RuntimeError)
 # What a file may hold: array -> (kind of its numbers, dimensions).
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
-KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2)}  # in place of x1, when noise is not stored
+# In place of x1, when noise is not stored; x1_crc is the CRC-32 of each row of x1.
+KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2), "x1_crc": ("u", 1)}
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)  # of disks that know none
 # How epath's errors for gs:// are called on a disk.
 DISK_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
@@ -154,6 +156,11 @@ def _put(temporary, path):
         return False
     temporary.replace(path)
     return True
+
+
+def crc_of_rows(x: Float[np.ndarray, "n h w c"]) -> UInt32[np.ndarray, "n"]:
+    """The CRC-32 of the bytes of every image."""
+    return np.array([isal_zlib.crc32(row) for row in np.ascontiguousarray(x)], np.uint32)
 
 
 def write_pairs(path, arrays: dict[str, np.ndarray]) -> bool:

@@ -22,7 +22,7 @@ from utils import InputError, atomic_path
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of how pairs follow from it
 DTYPES = ("float32", "float16")
-SMALL_ARRAYS_BYTES = {True: 8, False: 21}  # of a pair beside its images, by whether noise is stored
+SMALL_ARRAYS_BYTES = {True: 8, False: 25}  # of a pair beside its images, by whether noise is stored
 FILE_OVERHEAD_BYTES = 4096  # headers of a file, at most
 
 logger = logging.getLogger("seqrf")
@@ -46,7 +46,7 @@ class PairPlan:
       teacher: the fingerprint of the weights that solve the pairs.
       tol, solver, error_norm: how they are solved.
       dtype: "float32" or "float16", of stored images.
-      store_noise: False: x1 is not stored but rebuilt from (image, flip, key).
+      store_noise: False: x1 is not stored but rebuilt from (image, flip, key), and held against its checksum.
     """
 
     folder: epath.Path

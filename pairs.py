@@ -242,7 +242,8 @@ class _RebuiltStarts:
 
     def __init__(self, file, number, manifest, images):
         first = (number - 1) * manifest["file_size"]
-        self._flip, self._key, self._t1 = (file.array(name) for name in ("flip", "key", "t1"))
+        self._path = file.path
+        self._flip, self._key, self._t1, self._crc = (file.array(name) for name in ("flip", "key", "t1", "x1_crc"))
         image = file.array("image")
         if np.any((image >= 0) & (image != (first + np.arange(file.count)) % manifest["dataset_size"])):
             raise file.broken("its pairs start from other images than those of this file")
@@ -250,9 +251,21 @@ class _RebuiltStarts:
         self._how = {name: manifest[name] for name in ("centered", "dequantize", "dtype")}
 
     def rows(self, rows):
-        """x1 of the given rows, bit for bit what was solved from."""
+        """x1 of the given rows, bit for bit what was solved from.
+
+        Raises:
+          InputError: other bits come out, since something that makes them is not what it was.
+        """
         chosen = (part[rows] for part in (self._images, self._flip, self._key, self._t1))
-        return pairplan.start_points(*chosen, **self._how)
+        x1 = pairplan.start_points(*chosen, **self._how)
+        other = rows[pairfiles.crc_of_rows(x1) != self._crc[rows]]
+        if len(other):
+            raise InputError(
+                f"{self._path}: x1 of pair {other[0]}, which is not stored, is not rebuilt as it was: the images, the "
+                "decoder of their files (TensorFlow Datasets, libjpeg) or NumPy's random numbers are others (here "
+                f"NumPy {np.__version__}); read it with the versions it was made with, or make the pairs anew"
+            )
+        return x1
 
 
 def images_of_file(images, first: int, count: int, k: int) -> UInt8[np.ndarray, "count h w c"]:

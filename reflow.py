@@ -219,9 +219,10 @@ class _FileInWork:
         layout = self.layout
         if self.number == 1:
             draw_pairs(plan.folder.parent / FIGURE, self.x0, self.x1, layout.segment, plan)
-        starts = (
-            {"x1": self.x1} if plan.store_noise else {name: getattr(layout, name) for name in ("image", "flip", "key")}
-        )
+        starts = {"x1": self.x1}
+        if not plan.store_noise:
+            starts = {name: getattr(layout, name) for name in ("image", "flip", "key")}
+            starts["x1_crc"] = pairfiles.crc_of_rows(self.x1)
         # Where a manifest cannot be claimed, another worker's may have replaced it: files of two sets must not mix.
         pairplan.begin_manifest(plan, {})
         try:

@@ -18,6 +18,7 @@ import pair_maker
 import pytest
 
 import pairfiles
+import pairplan
 import pairs
 import reflow
 import segments
@@ -391,6 +392,26 @@ def test_noise_is_not_rebuilt_from_other_images(tmp_path):
     assert len(reflow.PairSet(tmp_path / "p")) == 60  # it can be looked at
     with pytest.raises(ValueError, match="give the images"):
         reflow.PairSet(tmp_path / "p").batches(3, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_noise_that_is_rebuilt_in_other_bits_is_refused(tmp_path, dtype, monkeypatch):
+    pair_maker.generate(tmp_path / "p", store_noise=False, dtype=dtype)
+
+    def read_all(images):
+        return list(itertools.islice(reflow.PairSet(tmp_path / "p", images=images).batches(20, 0), 3))
+
+    read_all(pair_maker.Images())
+    decoded_otherwise = pair_maker.Images()
+    decoded_otherwise.pixels[:, 2, 3, 0] ^= 1
+    line = r"reflow_batch_\d\.npz: x1 of pair \d+, .* decoder .*NumPy"
+    with pytest.raises(InputError, match=line) as error:
+        read_all(decoded_otherwise)
+    assert "\n" not in str(error.value)
+    real, most = pairplan.start_points, np.array(9, dtype)
+    monkeypatch.setattr(pairplan, "start_points", lambda *what, **how: np.nextafter(real(*what, **how), most))
+    with pytest.raises(InputError, match=line):
+        read_all(pair_maker.Images())
 
 
 # ---- sets without a manifest
