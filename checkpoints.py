@@ -231,13 +231,13 @@ def _refuse_other_network(path, info: dict, wanted: dict, remedy: str):
             asked = wanted[section][key]
             if key not in info[section] and asked is not None:
                 raise InputError(
-                    f"{path} does not say its network's {section}.{key}, which older versions did not note and this "
-                    f"run has at {asked}; {remedy}"
+                    f"{path} does not say its network's {section}.{key}, which older versions did not note and the "
+                    f"configuration has at {asked}; {remedy}"
                 )
             if info[section].get(key) != asked:
                 raise InputError(
-                    f"{path} holds a network with {section}.{key} = {info[section].get(key)}, this run has {asked}; "
-                    f"{remedy}"
+                    f"{path} holds a network with {section}.{key} = {info[section].get(key)}, the configuration has "
+                    f"{asked}; {remedy}"
                 )
 
 

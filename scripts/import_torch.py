@@ -13,21 +13,16 @@ import conversion
 
 def main(arguments=None) -> int:
     """The script; returns its exit status."""
-    parser = conversion.parser(__doc__)
-    parser.add_argument("checkpoint", help="the file that torch.save wrote")
-    parser.add_argument("out", help="the file to write")
-    parser.add_argument("--config", required=True, help="the configuration file of the checkpoint's network")
-    options = parser.parse_args(arguments)
 
-    def convert(config):
+    def convert(config, checkpoint, out):
         import checkpoints
         import models
 
-        weights = models.import_torch(options.checkpoint, config)
-        checkpoints.export_file(options.out, weights, config)
-        print(f"wrote {options.out}: step {weights.step}, Adam after {weights.count} updates")
+        weights = models.import_torch(checkpoint, config)
+        checkpoints.export_file(out, weights, config)
+        return weights
 
-    return conversion.exit_status(convert, options.config)
+    return conversion.run(__doc__, "the file that torch.save wrote", convert, arguments)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_noise_levels_matter_where_the_network_uses_them(tmp_path, weights):
     config.model.scale_by_sigma = other.model.scale_by_sigma = True
     checkpoints.export_file(path, weights, config)
     checkpoints.load_weights(path, config)
-    with pytest.raises(InputError, match=r"model\.sigma_max = 50\.0, this run has 30\.0"):
+    with pytest.raises(InputError, match=r"model\.sigma_max = 50\.0, the configuration has 30\.0"):
         checkpoints.load_weights(path, other)
 
 

@@ -22,6 +22,7 @@ from flax import traverse_util
 from test_models import FAMILY, output, quick_jit, random_inputs, tiny_config, twin_output
 from torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
 
+import checkpoints
 import models
 import sampling
 import segments
@@ -600,7 +601,7 @@ def test_scripts_convert_there_and_back(tmp_path, monkeypatch, capsys):
     config_file.write_text(CONFIG)
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
     assert run_script(monkeypatch, "import_torch", saved(contents, tmp_path), ours, "--config", config_file) == 0
-    assert run_script(monkeypatch, "export_torch", back, "--checkpoint", ours, "--config", config_file) == 0
+    assert run_script(monkeypatch, "export_torch", ours, back, "--config", config_file) == 0
     assert "step 10, Adam after 3 updates" in capsys.readouterr().out
     found = torch.load(back, weights_only=True)
     assert_same(found, contents)
@@ -612,13 +613,59 @@ def test_scripts_end_in_one_line(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert run_script(monkeypatch, "import_torch", tmp_path / "none.pth", out, "--config", config_file) == 2
     assert run_script(monkeypatch, "import_torch", tmp_path / "none.pth", out, "--config", tmp_path / "none.py") == 2
-    assert run_script(monkeypatch, "export_torch", out, "--checkpoint", tmp_path / "no", "--config", config_file) == 2
+    assert run_script(monkeypatch, "export_torch", tmp_path / "no", out, "--config", config_file) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("error: ") for line in lines)
     assert not out.exists()
 
 
-def test_models_need_no_torch():
-    script = "import sys, models; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    ("k", "options", "expected"),
+    [
+        (2, {}, "a PyTorch checkpoint has one time-embedding head, these weights have 2"),
+        (
+            1,
+            {"nf": 16},
+            "holds a network with model.nf = 16, the configuration has 8; choose another checkpoint or the",
+        ),
+    ],
+)
+def test_what_the_script_cannot_export_is_said_in_its_own_terms(k, options, expected, tmp_path, monkeypatch, capsys):
+    config_file, ours, out = tmp_path / "config.py", tmp_path / "ours.safetensors", tmp_path / "out.pth"
+    config_file.write_text(CONFIG)
+    config = tiny_config(k=k, **options)
+    leaves = {
+        path: np.zeros(shape, np.float32) for path, shape in models.weight_shapes(models.create_model(config)).items()
+    }
+    tree = traverse_util.unflatten_dict(leaves)
+    checkpoints.export_file(ours, models.Weights(tree, tree, tree, tree, count=0, step=0), config)
+    assert run_script(monkeypatch, "export_torch", ours, out, "--config", config_file) == 2
+    line = capsys.readouterr().err
+    assert expected in line
+    assert "--config." not in line
+    assert not out.exists()
+
+
+WITHOUT_TORCH = """
+import json, sys
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent)
+import run_lib
+import checkpoints
+import ml_collections
+config = ml_collections.ConfigDict(json.loads(sys.argv[2]))
+weights = checkpoints.load_weights(sys.argv[1], config)
+assert (weights.step, weights.count) == (10, 3)
+"""
+
+
+def test_a_converted_checkpoint_needs_no_torch(tmp_path, monkeypatch):
+    config, _, contents = made()
+    config_file, ours = tmp_path / "config.py", tmp_path / "ours.safetensors"
+    config_file.write_text(CONFIG)
+    assert run_script(monkeypatch, "import_torch", saved(contents, tmp_path), ours, "--config", config_file) == 0
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(ours), config.to_json()], cwd=ROOT, check=True)
