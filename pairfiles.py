@@ -35,7 +35,7 @@ MAGIC = b"\x93NUMPY"
 HEADER = re.compile(rb"\{'descr': '([<>|]\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n")
 LONGEST_HEADER = 1000
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field
-FILE_NAME = re.compile(r"reflow_batch_(\d+)\.npz")
+FILE_NAME = re.compile(r"reflow_batch_(0|[1-9]\d*)\.npz")  # a number has one name
 ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, RuntimeError)
 # What a file may hold: array -> (kind of its numbers, dimensions).
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}

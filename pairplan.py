@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import typing
 
 import numpy as np
 from etils import epath
@@ -120,8 +121,9 @@ def plan_pairs(*, folder, boundaries, pairs: int, file_size: int, dtype: str, **
     )
 
 
-MANIFEST_ENTRIES = {"format", "complete", "k", "files"} | {field.name for field in dataclasses.fields(PairPlan)} - {
-    "folder"
+# What a manifest must have, and of which kind.
+MANIFEST_ENTRIES = {"format": int, "complete": bool, "k": int, "files": int} | {
+    field.name: field.type for field in dataclasses.fields(PairPlan) if field.name != "folder"
 }
 
 
@@ -207,9 +209,49 @@ def read_manifest(folder) -> dict | None:
         raise InputError(
             f"{path} is damaged ({error}); bring back a copy, or remove the whole set and make it anew"
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= MANIFEST_ENTRIES:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a pair set of format {FORMAT}; use another workdir")
+    if wrong := _wrong_entry(manifest):
+        raise InputError(f"{path} is damaged: {wrong}; bring back a copy, or remove the whole set and make it anew")
     return manifest
+
+
+def _wrong_entry(manifest):
+    """What is wrong with the first entry that no set can have, in words; None if all are sound."""
+    for name, kind in MANIFEST_ENTRIES.items():
+        if name not in manifest:
+            return f"it has no {name}"
+        if not _is_of_kind(manifest[name], kind):
+            return f"its {name} is {manifest[name]!r}"
+    contents, pairs, file_size = manifest.get("contents", {}), manifest["pairs"], manifest["file_size"]
+    sound = {
+        "boundaries": _are_boundaries(manifest["boundaries"]),
+        "k": manifest["k"] == len(manifest["boundaries"]) - 1,
+        "image_shape": len(manifest["image_shape"]) == 3 and min(manifest["image_shape"]) > 0,
+        "pairs": pairs > 0,
+        "file_size": file_size > 0,
+        "files": manifest["files"] == math.ceil(pairs / max(file_size, 1)),
+        "dataset_size": manifest["dataset_size"] > 0,
+        "dtype": manifest["dtype"] in DTYPES,
+        "contents": isinstance(contents, dict)
+        and all(isinstance(what, dict) and what.keys() == {"bytes", "crc32"} for what in contents.values()),
+    }
+    return next((f"its {name} cannot be {manifest[name]!r}" for name, good in sound.items() if not good), None)
+
+
+def _is_of_kind(value, kind):
+    """Whether a value in JSON can be one of `kind`: a tuple is a list there, and a float may look like an integer."""
+    if of := typing.get_args(kind):
+        return isinstance(value, list) and all(_is_of_kind(part, of[0]) for part in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _are_boundaries(times):
+    try:
+        segments.checked_boundaries(times)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _as_bytes(manifest: dict) -> bytes:

@@ -147,13 +147,15 @@ def count_of_file(folder: epath.Path, manifest: dict, number: int) -> int:
     """The pairs in file `number`, once its size and structure are seen to be what the manifest says.
 
     Raises:
-      InputError: it is missing or cannot be read.
+      InputError: it is missing, cannot be read, or has no place in the set.
       BrokenFile: it is not the file that the manifest means.
     """
     with pairfiles.PairFile(folder / pairfiles.file_name(number)) as file:
         found = {"image_shape": list(file.image_shape), "store_noise": file.stores_noise}
         wanted = {name: manifest[name] for name in found}
         if "file_size" in manifest:
+            if not 1 <= number <= manifest["files"]:
+                raise InputError(f"{file.path} does not belong to this set; remove it")
             found["pairs"] = file.count
             wanted["pairs"] = min(manifest["file_size"], manifest["pairs"] - (number - 1) * manifest["file_size"])
         found |= {"bytes": file.size, "crc32": file.crc32}
@@ -198,9 +200,6 @@ def _refuse_gaps(folder, numbers, partial):
 
 
 def _refuse_incomplete(folder, manifest, numbers, partial):
-    foreign = [number for number in numbers if number > manifest["files"]]
-    if foreign:
-        raise InputError(f"{folder / pairfiles.file_name(foreign[0])} does not belong to this set; remove it")
     missing = sorted(set(range(1, manifest["files"] + 1)) - set(numbers))
     state = f"{folder} has {len(numbers)} of its {manifest['files']} files"
     if partial:

@@ -55,11 +55,10 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder
     try:
-        manifest = pairplan.read_manifest(folder)
+        manifest, numbers = pairplan.read_manifest(folder), pairfiles.pair_file_numbers(folder)
     except InputError as error:
         print(error)
         return 2
-    numbers = pairfiles.pair_file_numbers(folder)
     if not numbers and not manifest:
         print(f"there are no pairs in {folder}")
         return 2

@@ -1,5 +1,6 @@
 """Reading pair sets: what is refused, and what the endless stream of batches is."""
 
+import errno
 import itertools
 import json
 import logging
@@ -374,13 +375,47 @@ def test_a_set_that_was_not_completed_is_refused(copied_set):
 def test_an_empty_folder_and_a_damaged_manifest_are_refused(copied_set, tmp_path):
     with pytest.raises(InputError, match=r"there are no pairs in .*gen_reflow"):
         reflow.PairSet(tmp_path / "nowhere")
-    shutil.copy(copied_set / "reflow_batch_1.npz", copied_set / "reflow_batch_16.npz")
-    with pytest.raises(InputError, match=r"reflow_batch_16\.npz does not belong"):
-        reflow.PairSet(copied_set)
+    for number in (0, 16):
+        stranger = shutil.copy(copied_set / "reflow_batch_1.npz", copied_set / f"reflow_batch_{number}.npz")
+        with pytest.raises(InputError, match=rf"reflow_batch_{number}\.npz does not belong"):
+            reflow.PairSet(copied_set)
+        stranger.unlink()
+    shutil.copy(copied_set / "reflow_batch_1.npz", copied_set / "reflow_batch_01.npz")
+    assert len(reflow.PairSet(copied_set)) == 174  # that is no name of a pair file
     for text in ('{"complete": tr', "[]", '{"format": 1}'):
         (copied_set / "manifest.json").write_text(text)
         with pytest.raises(InputError, match=r"manifest\.json is"):
             reflow.PairSet(copied_set)
+
+
+def test_a_folder_that_is_none_is_refused(copied_set):
+    with pytest.raises(InputError, match=r"reflow_batch_1\.npz cannot be listed: .*Not a directory.*; give"):
+        reflow.PairSet(copied_set / "reflow_batch_1.npz")
+    with pytest.raises(InputError, match=r"reflow_batch_1\.npz cannot be listed"):
+        pair_maker.generate(copied_set / "reflow_batch_1.npz")
+    (copied_set / "manifest.json").unlink()
+    (copied_set / "manifest.json").mkdir()
+    with pytest.raises(InputError, match=r"manifest\.json cannot be read"):
+        reflow.PairSet(copied_set)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", True), ("complete", "no"), ("k", "3"), ("k", 4), ("files", 16), ("files", None), ("pairs", 0),
+        ("pairs", 1.5), ("file_size", 0), ("file_size", -12), ("boundaries", [1, "a", 0.3, 0]), ("boundaries", 1),
+        ("boundaries", [1, 0.3, 0.6, 0]), ("boundaries", [1, 10**400, 0.3, 0]), ("boundaries", []),
+        ("image_shape", [6, 5]), ("image_shape", [6, 5, "1"]), ("image_shape", [6, 5, 0]), ("dataset_size", 0),
+        ("dtype", "int8"), ("dtype", 32), ("store_noise", None), ("centered", 1), ("tol", "small"), ("seed", []),
+        ("contents", []), ("contents", {"reflow_batch_1.npz": 7}), ("contents", {"reflow_batch_1.npz": {"size": 7}}),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_a_value_that_cannot_be_is_refused(copied_set, name, value):
+    manifest = json.loads((copied_set / "manifest.json").read_text()) | {name: value}
+    (copied_set / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"manifest\.json is damaged: its {name}.*bring back") as error:
+        reflow.PairSet(copied_set)
+    assert "\n" not in str(error.value)
 
 
 def test_noise_is_not_rebuilt_from_other_images(tmp_path):
@@ -478,11 +513,28 @@ def test_repair_removes_what_is_broken_and_generation_makes_it_again(whole_set, 
         f"reflow_batch_{number}.npz" for number in (2, 3, 5)
     ]
     assert "12 files are whole, 2 are not, 1 are missing" in output
+    stranger = shutil.copy(copied_set / "reflow_batch_1.npz", copied_set / "reflow_batch_0.npz")
+    assert "reflow_batch_0.npz does not belong to this set" in check_pairs(monkeypatch, capsys, copied_set)[1]
+    stranger.unlink()
     assert len(list(copied_set.glob("*.npz"))) == 14
     assert check_pairs(monkeypatch, capsys, copied_set, "--repair")[0] == 0
     assert len(list(copied_set.glob("*.npz"))) == 12
     assert pair_maker.generate(copied_set, pairs=174).files == 3
     assert pair_maker.digests(copied_set) == pair_maker.digests(whole_set)
+
+
+def test_repair_says_in_one_line_that_it_cannot_write(copied_set, monkeypatch, capsys):
+    cut(copied_set / "reflow_batch_3.npz")
+    before = pair_maker.digests(copied_set)
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "remove", refuse)
+    status, output = check_pairs(monkeypatch, capsys, copied_set, "--repair")
+    assert status == 1
+    assert "cannot be changed: " in output.splitlines()[-1]
+    assert pair_maker.digests(copied_set) == before
 
 
 def test_repair_removes_nothing_that_cannot_be_made_again(copied_set, tmp_path, monkeypatch, capsys):
@@ -493,6 +545,9 @@ def test_repair_removes_nothing_that_cannot_be_made_again(copied_set, tmp_path, 
     assert "nothing is removed" in output
     assert len(list(copied_set.glob("*.npz"))) == 15
     assert check_pairs(monkeypatch, capsys, tmp_path / "nowhere")[0] == 2
+    status, output = check_pairs(monkeypatch, capsys, copied_set / "reflow_batch_1.npz")
+    assert status == 2
+    assert "cannot be listed" in output
 
 
 def test_files_larger_than_a_checksum_block_are_checked_whole(tmp_path, monkeypatch):
