@@ -289,24 +289,28 @@ def _found(path):
     return trained[0] / "checkpoints" / str(steps_in(trained[0])[-1])
 
 
-def export_file(path, weights: models.Weights, config, boundaries=None):
+def export_file(path, weights: models.Weights, config, boundaries=None, teacher: str | None = None):
     """Writes weights, EMA and Adam moments as one safetensors file that `load_weights` reads without torch.
 
     Args:
       path: local or remote. A local file is written array by array, a remote one needs its size in memory twice.
       boundaries: the segments that the weights were trained on; None: k = training.reflow_t uniform ones.
+      teacher: as in `describe`.
     """
     from safetensors.numpy import save, save_file
 
     if boundaries is None:
         boundaries = np.linspace(1, 0, (config.training.reflow_t if "training" in config else 1) + 1)
-    info = describe(config, "exported", boundaries, source=str(path))
+    info = describe(config, "exported", boundaries, teacher=teacher)
     trees = {name: getattr(weights, name) for name in (*_TREES, "extras")}
     arrays = {name: np.asarray(a, order="C") for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
     metadata = {"seqrf": json.dumps({**info, "count": int(weights.count), "step": int(weights.step)})}
     with atomic_path(path) as temporary:
         if _is_local(temporary):
-            save_file(arrays, os.fspath(temporary), metadata)
+            temporary.touch()
+            mode = os.stat(temporary).st_mode
+            save_file(arrays, temporary, metadata)  # a new file, which only its owner may read
+            os.chmod(temporary, mode)
         else:
             temporary.write_bytes(save(arrays, metadata))
 

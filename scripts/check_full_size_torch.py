@@ -2,9 +2,9 @@
 
 The public CIFAR-10 network (61.8 M weights) and the 256 x 256 one (65.6 M) compute one image with the same random
 weights here and in torch; the largest difference must be at most 1e-4. With --import the CIFAR-10 twin is also saved as
-a whole checkpoint (weights, EMA, Adam's moments: about 1 GB in a temporary folder) and imported in a process of its
-own, whose time and peak memory are held against 30 seconds and 2.5 times the file. Takes a few minutes; exit status 1
-if anything is off.
+a whole checkpoint (weights, EMA, Adam's moments: about 1 GB in a temporary folder) and, in processes of their own,
+imported and converted by import_torch.py: the import's time is held against 30 seconds, the peak memory of each against
+2.5 times the file. Takes a few minutes; exit status 1 if anything is off.
 """
 
 import argparse
@@ -23,16 +23,26 @@ TOLERANCE = 1e-4
 MOST_SECONDS = 30
 MOST_MEMORY = 2.5  # times the file's size
 
-# Run apart, so that the peak is the import's own; started from a process that has used no memory itself.
-IMPORT = """
+# Run apart, so that the peak is the job's own; started from a process that has used no memory itself.
+APART = """
 import json, resource, sys, time
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/scripts"]
+start = time.perf_counter()
+{job}
+seconds = time.perf_counter() - start  # a job may have started the clock again
+print(json.dumps([seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+IMPORT = """
 import models
 from configs.rf.cifar10_rf_continuous import get_config
 config, start = get_config(), time.perf_counter()
 weights = models.import_torch({path!r}, config)
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, weights.step, weights.count]))
+assert (weights.step, weights.count) == (10, 1), (weights.step, weights.count)
+"""
+CONVERT = """
+import import_torch
+config = {root!r} + "/configs/rf/cifar10_rf_continuous.py"
+assert import_torch.main([{path!r}, {path!r} + ".safetensors", "--config", config]) == 0
 """
 
 
@@ -70,20 +80,28 @@ def check_forward(name: str) -> bool:
     return difference <= TOLERANCE
 
 
+def measured_apart(job: str, path: str) -> tuple[float, int]:
+    """(seconds, peak memory in bytes) of `job`, which reads the checkpoint at `path`, in a process of its own."""
+    script = APART.format(root=str(ROOT), job=job.format(root=str(ROOT), path=path))
+    output = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds, peak = json.loads(output.splitlines()[-1])
+    return seconds, peak
+
+
 def check_import() -> bool:
-    """Prints seconds and peak memory of importing a whole CIFAR-10 checkpoint; True if within bounds."""
+    """Prints seconds and peak memory of importing and of converting a whole CIFAR-10 checkpoint; True if in bounds."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "checkpoint.pth")
         subprocess.run([sys.executable, __file__, "--write", path], check=True)
-        script = IMPORT.format(root=str(ROOT), path=path)
-        line = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
         size = os.path.getsize(path)
-    seconds, peak, step, count = json.loads(line)
-    print(
-        f"import of {size / 1e9:.2f} GB (step {step}, Adam after {count}): {seconds:.1f} s (at most {MOST_SECONDS}), "
-        f"peak memory {peak / 1e9:.2f} GB = {peak / size:.2f} times the file (at most {MOST_MEMORY})"
-    )
-    return seconds <= MOST_SECONDS and peak <= MOST_MEMORY * size
+        jobs = {"models.import_torch": (IMPORT, MOST_SECONDS), "import_torch.py": (CONVERT, float("inf"))}
+        found = {name: (*measured_apart(job, path), most) for name, (job, most) in jobs.items()}
+    for name, (seconds, peak, most) in found.items():
+        print(
+            f"{name} of {size / 1e9:.2f} GB: {seconds:.1f} s (at most {most:g}), "
+            f"peak memory {peak / 1e9:.2f} GB = {peak / size:.2f} times the file (at most {MOST_MEMORY})"
+        )
+    return all(seconds <= most and peak <= MOST_MEMORY * size for seconds, peak, most in found.values())
 
 
 def write_checkpoint(path: str) -> None:

@@ -92,6 +92,8 @@ def test_weights_load_from_any_folder_of_a_run_with_their_head_copied(tmp_path, 
 def test_an_exported_file_comes_back_bit_for_bit(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
     checkpoints.export_file(path, weights, tiny_config())
+    (tmp_path / "another").touch()
+    assert path.stat().st_mode == (tmp_path / "another").stat().st_mode
     loaded = checkpoints.load_weights(path, tiny_config())
     same(loaded.params, weights.params)
     same(loaded.mu, weights.mu)
@@ -161,8 +163,9 @@ def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
 
 def test_an_exported_file_keeps_uneven_boundaries(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
-    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2), UNEVEN)
+    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2), UNEVEN, teacher="0f")
     assert checkpoints.info_of(path)["boundaries"] == UNEVEN
+    assert checkpoints.info_of(path)["teacher"] == "0f"
     checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2))
     assert checkpoints.info_of(path)["boundaries"] == [1.0, 0.5, 0.0]
     assert checkpoints.info_of(path)["teacher"] is None

@@ -186,6 +186,14 @@ def test_copied_heads_compute_what_the_one_head_did(embedding):
         models.expand_heads(wide, 3)
 
 
+def test_shapes_are_told_without_making_weights():
+    model, params = made_up(tiny_config(k=3, embedding_type="fourier"))
+    made = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
+    assert models.weight_shapes(model) == made
+    assert models.weight_shapes(model)["all_modules_1", "head_bias"] == (3, 32)
+    assert models.weight_shapes(model) is models.weight_shapes(model)
+
+
 def test_each_example_uses_its_own_head():
     config = tiny_config(k=3)
     _, params = made_up(config)
