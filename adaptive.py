@@ -80,7 +80,8 @@ def squared_distances(
       batches: fine trajectories, each [M + 1, B, ...] from noise to data, uniform in t; M the same in all.
 
     Raises:
-      ValueError: no batch, fewer than two states, no noise, no pixel, differing M, or values that are not finite.
+      ValueError: no batch, fewer than two states, no noise, no pixel or differing M.
+      InputError: values that are not finite.
     """
     gram, noises = None, 0
     for xs in batches:
@@ -104,7 +105,7 @@ def _add_gram(gram: Float[np.ndarray, "states states"], states: Float[np.ndarray
     for start in range(0, states.shape[1], COLUMNS):
         block = states[:, start : start + COLUMNS].astype(np.float64)
         if not np.isfinite(block).all():
-            raise ValueError("the fine trajectory has values that are not finite")
+            raise utils.InputError("the fine trajectory has values that are not finite: the weights are damaged (NaN)")
         # Distances do not see a common shift, and rounding is relative to what remains after it.
         block -= block.mean(axis=0)
         gram += block @ block.T

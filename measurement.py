@@ -22,7 +22,7 @@ from utils import InputError
 FINE_STEPS, FINE_NOISES = 500, 128  # of the trajectories that adaptive divisions are found on (design.md section 3)
 # What global truncation error is measured against.
 EXACT = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
-TRAJECTORY_BYTES = 1 << 30  # of one device, for the states behind a straightness curve
+TRAJECTORY_BYTES = 1 << 30  # at most, of one device, for the states behind a curve, a division or a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Flow:
       image_shape: (H, W, C).
       options: the keywords of `sampling.solve`: method, tol, num_scales, predictor, ...
       seed: of the noises. Noise i is the same for every batch size and number of devices.
+      time_grid: [num_scales + 1] times for method "pc"; None: uniform inside a segment. An argument of the compiled
+        programs, since every checkpoint may have its own.
     """
 
     model: Any
@@ -42,6 +44,7 @@ class Flow:
     image_shape: tuple[int, int, int]
     options: dict[str, Any]
     seed: int
+    time_grid: Float[Array | np.ndarray, "times"] | None = None
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def noise(self, places) -> Float[Array, "b h w c"]:
@@ -53,22 +56,42 @@ class Flow:
 
     def solve(self, params, noise, **changed) -> sampling.Samples:
         """`sampling.solve` with this flow's options, some of them `changed`."""
-        return sampling.solve(models.velocity_fn(self.model, params), noise, self.boundaries, **self.options | changed)
+        options = {"time_grid": self.time_grid} | self.options | changed
+        return sampling.solve(models.velocity_fn(self.model, params), noise, self.boundaries, **options)
 
     def program(self, name: str, function: Callable, params, per_device: int) -> Callable:
-        """`function(params, places [per_device])` for all local devices, compiled: (first place) -> [devices, ...]."""
-        devices = jax.local_devices()
-        params = flax.jax_utils.replicate(params, devices)
-        shape = (len(devices), per_device)
-        places = np.arange(len(devices) * per_device, dtype=np.int32).reshape(shape)
-        if (name, per_device) not in self._programs:
-            compiled = jax.pmap(function, devices=devices).lower(params, places).compile()
-            self._programs[name, per_device] = compiled
-        return lambda first: self._programs[name, per_device](params, first + places)
+        """`function(flow, params, places [per_device])` for all local devices: (first place) -> [devices, ...].
 
-    def changed(self, **options) -> "Flow":
-        """The same network sampled otherwise."""
-        return dataclasses.replace(self, options=self.options | options, _programs={})
+        Compiled once for all weights and time grids, for each `name`.
+        """
+        devices = jax.local_devices()
+        given = flax.jax_utils.replicate((params, self.time_grid), devices)
+        places = np.arange(len(devices) * per_device, dtype=np.int32).reshape(len(devices), per_device)
+
+        def run(given, places):
+            params, time_grid = given
+            return function(dataclasses.replace(self, time_grid=time_grid), params, places)
+
+        key = name, per_device, self.time_grid is None
+        if key not in self._programs:
+            self._programs[key] = jax.pmap(run, devices=devices).lower(given, places).compile()
+        return lambda first: self._programs[key](given, first + places)
+
+
+def _on_each_device(count: int) -> int:
+    """How many of `count` images a device takes, the last ones perhaps for nothing."""
+    return -(-count // jax.local_device_count())
+
+
+def _that_fit(flow: Flow, per_device: int, states: int) -> int:
+    """`per_device` images or, down to one, as many as have room on a device with `states` states of each."""
+    room = min(TRAJECTORY_BYTES, sampling.trajectory_room())
+    return max(1, min(per_device, room // (4 * states * math.prod(flow.image_shape))))
+
+
+def _saved_states(flow: Flow) -> int:
+    """The states of a trajectory that this flow's solver saves, or a few more."""
+    return max(sampling.TRAJECTORY_POINTS, flow.options.get("num_scales") or 0) + len(flow.boundaries)
 
 
 def _progress(firsts: range, what: str):
@@ -110,19 +133,27 @@ def samples(flow: Flow, params, count: int, batch_size: int, cost: Cost) -> Iter
     Raises:
       InputError: the solver could not reach its tolerance.
     """
-    per_device = -(-min(batch_size, count) // jax.local_device_count())
-    batch = flow.program("samples", lambda params, places: flow.solve(params, flow.noise(places)), params, per_device)
+
+    def solve(flow, params, places):
+        return flow.solve(params, flow.noise(places))
+
+    per_device = _on_each_device(min(batch_size, count))
+    batch = flow.program("samples", solve, params, per_device)
     size = per_device * jax.local_device_count()
     for first in _progress(range(0, count, size), "sampling"):
         start = time.perf_counter()
         done = jax.block_until_ready(batch(first))
         cost.add(done, size, time.perf_counter() - start)
         x = np.asarray(done.x).reshape(-1, *flow.image_shape)[: count - first]
-        if not np.isfinite(x).all():
-            raise InputError(
-                f"samples are not finite with {flow.options}: raise sampling.tol, or the weights are damaged (NaN)"
-            )
+        _refuse_if_not_finite(flow, x)
         yield x
+
+
+def _refuse_if_not_finite(flow, values):
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"samples are not finite with {flow.options}: raise sampling.tol, or the weights are damaged (NaN)"
+        )
 
 
 def sample_quality(
@@ -164,73 +195,107 @@ class FlowShape:
 def flow_shape(flow: Flow, params, measured, count: int, batch_size: int) -> FlowShape:
     """Straightness over all of time and over the segments between `measured` [k + 1], and global truncation error.
 
-    Streams over batches; only curves leave the device.
-    """
-    states = max(sampling.TRAJECTORY_POINTS, flow.options.get("num_scales") or 0) + len(flow.boundaries)
-    fits = TRAJECTORY_BYTES // (4 * states * int(np.prod(flow.image_shape)))
-    devices = jax.local_device_count()
-    per_device = int(np.clip(-(-min(batch_size, count) // devices), 1, max(1, fits)))
+    Over at least `count` noises: all batches are whole, and as large as `batch_size` and memory allow. Streams over
+    them; only curves leave the device.
 
-    def measure(params, places):
+    Raises:
+      InputError: this flow's solver, or the exact solve that it is compared with, could not reach its tolerance.
+    """
+    devices = jax.local_devices()
+    per_device = _that_fit(flow, _on_each_device(min(batch_size, count)), _saved_states(flow))
+
+    def measure(flow, params, places):
         solved = flow.solve(params, flow.noise(places), save_trajectory=True)
         return sampling.straightness(solved.ts, solved.xs, measured), solved.x
 
-    def solve_exactly(params, places):
+    def solve_exactly(flow, params, places):
         return flow.solve(params, flow.noise(places), **EXACT).x
 
     # Two programs: the second is the same for every sampler, and so compiled once for all evaluations of a model.
     name = f"shape over {np.asarray(measured, np.float32).tolist()}"  # which are part of the program
     batch = flow.program(name, measure, params, per_device)
     exact = flow.program("exact", solve_exactly, params, per_device)
+    truncation_error = jax.pmap(sampling.truncation_error, devices=devices)
     batches = []
-    for first in _progress(range(0, count, per_device * devices), "straightness"):
+    for first in _progress(range(0, count, per_device * len(devices)), "straightness"):
         shape, x = batch(first)
-        errors = [sampling.truncation_error(*pair) ** 2 for pair in zip(x, exact(first), strict=True)]
-        batches.append((jax.device_get(shape), np.asarray(errors)))
+        shape, error = jax.device_get((shape, truncation_error(x, exact(first))))
+        _refuse_if_not_finite(flow, shape.total)
+        _refuse_if_not_solved(error)
+        batches.append((shape, error**2))
     # Every batch and device has the same number of noises, so means of means are means.
     shape, square = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
     return FlowShape(
         straightness=float(shape.total),
         sequential_straightness=float(shape.sequential),
         truncation_error=float(np.sqrt(square)),
-        ts=shape.ts,
+        ts=batches[0][0].ts[0],  # a mean of times would be a rounding error off the boundaries
         curve=shape.curve,
         sequential_curve=shape.sequential_curve,
     )
 
 
-def trajectory(flow: Flow, params, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Times [n] and states [n, count, H, W, C] of the first `count` noises' way to their samples."""
-    devices = jax.local_device_count()
-    per_device = -(-count // devices)
+def _refuse_if_not_solved(error):
+    if not np.isfinite(error).all():
+        raise InputError(
+            f"truncation error cannot be measured, since this flow cannot be solved at tolerance {EXACT['tol']:g}: "
+            "evaluate a checkpoint that was trained longer (eval.begin_step, eval.end_step)"
+        )
 
-    def solve(params, places):
+
+def trajectory(flow: Flow, params, count: int) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n images h w c"]]:
+    """Times [n] and states [n, images, H, W, C] of the first noises' way to their samples.
+
+    `count` images, or as many as fit into TRAJECTORY_BYTES and the memory of the devices: a picture of fewer is better
+    than none at the end of an evaluation.
+    """
+
+    def solve(flow, params, places):
         solved = flow.solve(params, flow.noise(places), save_trajectory=True)
         return solved.ts, solved.xs
 
+    per_device = _that_fit(flow, _on_each_device(count), _saved_states(flow))
     ts, xs = jax.device_get(flow.program("trajectory", solve, params, per_device)(0))
     return ts[0], np.concatenate(xs, axis=1)[:, :count]
 
 
 def fine_distances(flow: Flow, params, batch_size: int = 16) -> Float[np.ndarray, "m m"]:
-    """The matrix that adaptive divisions are found in, from the flow's own fine trajectories; see `adaptive`."""
-    fine = dataclasses.replace(
-        flow, options={"method": "pc", "predictor": "rf_solver", "num_scales": FINE_STEPS}, _programs={}
+    """The matrix that adaptive divisions are found in, from the flow's own fine trajectories; see `adaptive`.
+
+    Euler's steps are uniform in t whatever the segments are. A boundary on the way of one splits it, since the network
+    has another head behind it; the state there is not among those that are compared.
+
+    Raises:
+      InputError: the weights give states that are not finite.
+    """
+    uniform = np.linspace(1.0, 0.0, FINE_STEPS + 1, dtype=np.float32)
+    times = np.union1d(uniform, np.float32(flow.boundaries))[::-1]
+    fine = {"method": "pc", "predictor": "rf_solver", "num_scales": times.size - 1, "time_grid": times}
+
+    def solve(flow, params, places):
+        xs = flow.solve(params, flow.noise(places), save_trajectory=True, **fine).xs
+        return xs[np.isin(times, uniform)]
+
+    per_device = _that_fit(flow, _on_each_device(batch_size), times.size)
+    batch = flow.program("fine", solve, params, per_device)
+    firsts = _progress(range(0, FINE_NOISES, per_device * jax.local_device_count()), "fine trajectories")
+    # Exactly FINE_NOISES, so that neither memory nor the number of devices decides what is measured.
+    return adaptive.squared_distances(
+        xs[:, : FINE_NOISES - place]
+        for first in firsts
+        for place, xs in zip(range(first, FINE_NOISES, per_device), jax.device_get(batch(first)), strict=False)
     )
-    per_device = -(-batch_size // jax.local_device_count())
-    size = per_device * jax.local_device_count()
-
-    def solve(params, places):
-        return fine.solve(params, fine.noise(places), save_trajectory=True).xs
-
-    batch = fine.program("fine", solve, params, per_device)
-    firsts = _progress(range(0, FINE_NOISES, size), "fine trajectories")
-    return adaptive.squared_distances(np.concatenate(jax.device_get(batch(first)), axis=1) for first in firsts)
 
 
 def with_time_grid(flow: Flow, params, time_grid: str) -> Flow:
-    """`flow`, its fixed grid placed where `sampling.time_grid` says: 'uniform' or 'adaptive' (from these weights)."""
+    """`flow`, its fixed grid placed where `sampling.time_grid` says: 'uniform' or 'adaptive' (from these weights).
+
+    Raises:
+      InputError: more steps in a segment than can be placed there.
+    """
     if time_grid == "uniform" or flow.options["method"] != "pc":
         return flow
-    times = adaptive.adaptive_times(fine_distances(flow, params), flow.boundaries, flow.options["num_scales"])
-    return flow.changed(time_grid=times)
+    num_scales = flow.options["num_scales"]
+    adaptive.shares_of_steps(flow.boundaries, num_scales, FINE_STEPS)  # an error now, not after the trajectories
+    times = adaptive.adaptive_times(fine_distances(flow, params), flow.boundaries, num_scales)
+    return dataclasses.replace(flow, time_grid=times)

@@ -117,7 +117,9 @@ def solve(
     else:
         grid = segments.step_grid_of_times(boundaries, time_grid)
         if grid.head.size != num_scales:
-            raise ValueError(f"time_grid has {grid.head.size + 1} times, num_scales = {num_scales} steps have one more")
+            raise ValueError(
+                f"time_grid has {grid.head.size + 1} times; num_scales = {num_scales} needs {num_scales + 1}"
+            )
     return _solve_fixed(velocity, x, grid, _named(PREDICTORS, predictor or "rf_solver", "predictor"), save_trajectory)
 
 

@@ -118,7 +118,7 @@ def test_time_grid_is_followed():
     np.testing.assert_array_equal(seen.ts, grid)
     with pytest.raises(ValueError, match="miss the segment boundaries"):
         sampling.solve(curved, NOISE, [1.0, 0.4, 0.0], method="pc", num_scales=3, time_grid=grid)
-    with pytest.raises(ValueError, match="4 times, num_scales = 5"):
+    with pytest.raises(ValueError, match="4 times; num_scales = 5 needs 6"):
         sampling.solve(curved, NOISE, [1.0, 0.5, 0.0], method="pc", num_scales=5, time_grid=grid)
 
 
