@@ -11,16 +11,14 @@ measured on others, with the adaptive solver's trajectories. The exit status is 
 """
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy import integrate
+from bench_sampling import scipy_solve
 
 import adaptive
 import checkpoints
@@ -37,21 +35,6 @@ REFERENCE = 1e-7
 NOISES = 128  # that sequential straightness is averaged over
 
 
-def scipy_solve(network, z: np.ndarray, boundaries, tol: float) -> tuple[np.ndarray, int]:
-    """(end, network calls) of SciPy's RK45 from the host, its state in float64, started anew in each segment."""
-    x, calls = np.asarray(z, np.float64), 0
-    for i, span in enumerate(itertools.pairwise(segments.tau_of_t(np.asarray(boundaries, np.float64)))):
-
-        def slope(tau, flat, i=i):
-            t = jnp.full(len(z), segments.t_of_tau(tau), jnp.float32)
-            v = network(jnp.asarray(flat.reshape(z.shape), jnp.float32), t, jnp.full(len(z), i, jnp.int32))
-            return np.asarray(v, np.float64).ravel()
-
-        solution = integrate.solve_ivp(slope, span, x.ravel(), method="RK45", rtol=tol, atol=tol)
-        x, calls = solution.y[:, -1].reshape(z.shape), calls + solution.nfev
-    return x, calls
-
-
 def root_mean_square(difference) -> float:
     """Over all pixels and images."""
     return float(np.sqrt(np.mean(np.square(difference))))
@@ -59,7 +42,7 @@ def root_mean_square(difference) -> float:
 
 def check_solver(velocity, z, k: int) -> bool:
     """Prints a line for each tolerance; True if all are within their bounds."""
-    network, boundaries, good = jax.jit(velocity), segments.uniform_boundaries(k), True
+    network, boundaries, good = jax.jit(sampling.full_precision(velocity)), segments.uniform_boundaries(k), True
     exact, _ = scipy_solve(network, z, boundaries, REFERENCE)
     for tol in TOLERANCES:
         ours = jax.jit(lambda z, tol=tol: sampling.solve(velocity, z, boundaries, method="ode", tol=tol))(z)

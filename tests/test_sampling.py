@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 import configs.check
 import sampling
 import segments
+from scripts import bench_sampling
 from utils import InputError
 
 NOISE = jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
@@ -281,3 +282,13 @@ def test_one_broken_image_with_its_own_steps_costs_the_others_nothing():
 
 def test_truncation_error_is_the_root_mean_square():
     assert sampling.truncation_error(jnp.zeros((2, 2)), jnp.float32([[1, 1], [1, 3]])) == pytest.approx(np.sqrt(3))
+
+
+@pytest.mark.parametrize(("overheads", "status"), [([1.0, 1.05], 0), ([1.06, 1.0], 1)])
+def test_the_benchmark_fails_where_a_solve_costs_more_than_its_calls(overheads, status, monkeypatch, capsys):
+    rows = [bench_sampling.row(bench_sampling.CASES[0], "euler", 2, None, [(1.0, 2 * o, 0.0)]) for o in overheads]
+    monkeypatch.setattr(bench_sampling, "measure", lambda case, rounds: rows)
+    monkeypatch.setattr("sys.argv", ["bench_sampling.py"])
+    assert bench_sampling.main() == status
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.endswith("MISSED") for line in lines] == [overhead > 1.05 for overhead in overheads]
