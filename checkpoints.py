@@ -107,8 +107,8 @@ class RunCheckpoints:
         manager = self._kept if self._kept.latest_step() == step else self._latest
         folder = epath.Path(manager.directory) / str(step)
         saved = _read_info(folder)
-        for key in ("stage", "k", "boundaries"):
-            if saved[key] != info[key]:
+        for key in ("stage", "k", "boundaries", "teacher"):
+            if saved[key] != info[key] and None not in (saved[key], info[key]):
                 raise InputError(
                     f"{folder} was trained with {key} = {saved[key]}, this run says {info[key]}; "
                     "use another --workdir or the same settings"

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -69,6 +70,11 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
     tf = datasets.tensorflow_on_cpu()
     a, b = (tf.constant(order.permutation(x)) for x in (a, b))
     return float(tensorflow_gan().eval.kernel_classifier_distance_from_activations(a, b, max_block_size=KERNEL_BLOCK))
+
+
+def least_samples(real: int) -> int:
+    """The fewest samples whose `kernel_distance` to the features of `real` images can be told."""
+    return 2 * math.ceil(min(real, MAX_REAL) / KERNEL_BLOCK)
 
 
 def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:

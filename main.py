@@ -10,6 +10,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/rf/digits_rf_continuous.py.")
 flags.DEFINE_string("workdir", None, "The folder of this run: checkpoints, pairs, figures and metrics.")
@@ -35,7 +38,7 @@ def main(argv):
     except InputError as error:
         _end(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in DISK_ERRORS:
             raise
         _end(f"{error.strerror}: {error.filename or FLAGS.workdir}; the same command goes on from the last whole file")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -21,18 +22,20 @@ import evaluation
 import losses
 import measurement
 import models
+import pairplan
 import pictures
 import reflow
 import segments
+import sources
 import tfgan_compat
 import tracking
-from configs.check import check_batches, check_config, is_given, segments_of
+from configs.check import check_batches, check_config, check_steps, segments_of
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
-PAIRS = epath.Path("samples") / "reflow_batch"
 SHOWN_IMAGES = 64
+HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws and measures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Stage:
     Attributes:
       name: its folder in the workdir.
       targets: what the network learns from a batch (`losses`).
-      batches: (config, workdir, pairs or None, first update) -> iterator of batches [devices, n_jitted_steps, B, ...].
+      batches: (config, pairs or None, first update) -> iterator of batches [devices, n_jitted_steps, B, ...].
       parent: the stage whose weights it starts from, unless a checkpoint is given; None: random weights.
     """
 
@@ -82,7 +85,6 @@ STAGES = {
     "train_reflow": Stage("2_rf", losses.reflow_targets, _pair_batches, parent="1_rf"),
     "train_distill": Stage("2_distill", losses.distill_targets, _pair_batches, parent="2_rf"),
 }
-EVALUATED = {"eval_reflow": "2_rf", "eval_distill": "2_distill"}
 
 
 def train(config, workdir, *, log_name: str = "seqrf"):
@@ -107,12 +109,13 @@ def _checked(config, mode):
     config = config.copy_and_resolve_references()
     config.eval.segments = config.eval.segments or config.training.reflow_t
     config.training.reflow_t = segments_of(config)
-    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+    models.create_model(config)  # refuses what the family of networks does not have
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and mode == "train" and not jax.distributed.is_initialized():
         hosts = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        jax.distributed.initialize(**{name: int(value) for name, value in hosts.items() if value})
+        hosts = {name: int(value) for name, value in hosts.items() if value}
+        jax.distributed.initialize(**hosts, shutdown_timeout_seconds=HOSTS_WAIT_SECONDS)
     if not jax.config.jax_compilation_cache_dir:
-        cache = epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(evaluation.cache_folder() / "compiled"))
         # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -134,49 +137,64 @@ class _Run:
     info: dict
     kept: checkpoints.RunCheckpoints
     tracker: tracking.Tracker
+    features: tuple | None  # as `_features`; None where no snapshot is measured
 
 
 def _train_stage(config, workdir, stage: Stage, log_name):
     if stage.parent is None:
         datasets.image_source(config.data)  # a data set that is missing is said before anything is compiled
-    pairs = None if stage.parent is None else _pair_set(config, workdir)
+    pairs = None if stage.parent is None else sources.open_pairs(config, workdir)
     boundaries = segments.uniform_boundaries(1) if pairs is None else pairs.boundaries
-    model = models.create_model(config)
-    kept = checkpoints.RunCheckpoints(workdir / stage.name)
-    info = checkpoints.describe(config, stage.name, boundaries, "")
-    state = _first_state(config, workdir, stage, pairs, model, kept, info)
-    start = int(state.step)
-    if start >= config.training.n_iters:
-        logger.info("%s has its %d updates already", workdir / stage.name, start)
-        kept.close()
-        return
-    batches = stage.batches(config, pairs, start)
-    tracker = _tracker(config, workdir / stage.name, workdir, f"{log_name}-{stage.name}", resume_step=start)
-    with contextlib.closing(tracker), contextlib.closing(kept):
-        run = _Run(config, workdir / stage.name, model, _flow(config, model, boundaries), info, kept, tracker)
-        if start == 0:
-            _keep(run, state)
-        _update_until_done(run, stage, state, batches)
+    model, folder = models.create_model(config), workdir / stage.name
+    kept = checkpoints.RunCheckpoints(folder)
+    with contextlib.closing(kept):
+        state, info, is_new = _first_state(config, workdir, stage, pairs, model, kept)
+        start = int(state.step)
+        if start >= config.training.n_iters and not is_new and _is_shown(config, folder, start):
+            logger.info("%s has its %d updates already", folder, start)
+            return
+        features = _features(config, config.training.snapshot_fid_sample) if _measures_snapshots(config) else None
+        tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.name}", resume_step=start)
+        with contextlib.closing(tracker):
+            run = _Run(config, folder, model, _flow(config, model, boundaries), info, kept, tracker, features)
+            if is_new:
+                _keep(run, state)
+            elif start in checkpoints.steps_in(folder) and not _is_shown(config, folder, start):
+                _show(run, state)  # it was killed after the checkpoint and before the pictures
+            if start < config.training.n_iters:
+                _update_until_done(run, stage, state, pairs)
+            _draw_losses(run)
 
 
-def _first_state(config, workdir, stage, pairs, model, kept, info) -> losses.TrainState:
-    """Where training goes on: the run's own latest state, else its starting weights."""
+def _first_state(config, workdir, stage, pairs, model, kept) -> tuple[losses.TrainState, dict, bool]:
+    """(where training goes on, what is noted beside its checkpoints, whether the run is new).
+
+    A run's own latest state, else its starting weights. A 1-RF that is given weights goes on counting theirs; a reflow
+    stage learns something new and counts from 0.
+    """
     transformation = _optimizer(config)
+    boundaries, teacher = [1, 0], None
+    if pairs is not None:
+        boundaries, teacher = pairs.boundaries, pairs.manifest.get("teacher")
+    describe = functools.partial(checkpoints.describe, config, stage.name, boundaries, teacher=teacher)
     fresh = jax.eval_shape(lambda: losses.initial_state(_random_weights(config, model), transformation))
-    state = kept.resume(fresh, info)
+    state = kept.resume(fresh, describe())
     if state is not None:
         logger.info("going on in %s from update %d", workdir / stage.name, state.step)
-        return state
-    weights = _starting_weights(config, workdir, stage.parent)
-    if weights is None:
-        return losses.initial_state(_random_weights(config, model), transformation)
-    if pairs is not None and config.training.reflow_mode == "train_reflow":
-        _refuse_other_teacher(pairs, weights)
-    # A 1-RF that is given weights goes on counting theirs; a reflow stage learns something new and counts from 0.
-    return losses.initial_state(weights, transformation, step=int(weights.step) if stage.parent is None else 0)
+        return state, describe(), False
+    source = sources.starting_source(config, workdir, stage.parent)
+    if source is None:
+        return losses.initial_state(_random_weights(config, model), transformation), describe(source="random"), True
+    weights = source.load()
+    checkpoints.log_found(source.name, weights)
+    if pairs is not None:
+        distills = config.training.reflow_mode == "train_distill"
+        sources.refuse_foreign_pairs(pairs, source, weights, distills=distills)
+    step = int(weights.step) if stage.parent is None else 0
+    return losses.initial_state(weights, transformation, step=step), describe(source=source.name), True
 
 
-def _update_until_done(run: _Run, stage, state, batches):
+def _update_until_done(run: _Run, stage, state, pairs):
     training, model_settings = run.config.training, run.config.model
     updates = losses.make_updates(
         run.model,
@@ -189,74 +207,97 @@ def _update_until_done(run: _Run, stage, state, batches):
     )
     program = jax.pmap(updates, axis_name=losses.AXIS, donate_argnums=0)
     step, state = int(state.step), flax.jax_utils.replicate(state)
+    # Whole calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
+    batches = stage.batches(run.config, pairs, step - step % training.n_jitted_steps)
     batches = flax.jax_utils.prefetch_to_device(batches, 2, devices=jax.local_devices())
     bar = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.name, unit="update", disable=None)
     waiting = None  # the last logged losses, fetched one log later, when they are long there
     while step < training.n_iters:
-        batch, count = next(batches), min(training.n_jitted_steps, training.n_iters - step)
+        batch, first = next(batches), step % training.n_jitted_steps
+        count = min(training.n_jitted_steps - first, training.n_iters - step)
         if count < training.n_jitted_steps:
-            batch = {name: rows[:, :count] for name, rows in batch.items()}
+            batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
         state, loss = program(state, batch)
         before, step = step, step + count
         bar.update(count)
         if step // training.log_freq > before // training.log_freq or step == training.n_iters:
             _log_loss(run, waiting)
             waiting = (step, loss)
-        if step % training.snapshot_freq == 0 or step == training.n_iters:
+        snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
+        if snapshot or step % training.snapshot_freq_for_preemption == 0:
             waiting = _log_loss(run, waiting)
-            _keep(run, flax.jax_utils.unreplicate(state))
-        elif step % training.snapshot_freq_for_preemption == 0:
-            waiting = _log_loss(run, waiting)
-            run.kept.save(flax.jax_utils.unreplicate(state), run.info, keep=False)
+            _refuse_not_finite(run, step, loss)
+            whole = flax.jax_utils.unreplicate(state)
+            _keep(run, whole) if snapshot else _keep_to_resume(run, whole)
     bar.close()
-    _draw_losses(run)
 
 
 def _log_loss(run, waiting):
-    """Logs (step, losses [devices, n]) and returns None.
+    """Logs (step, losses [devices, n]) and returns None. Raises InputError as `_refuse_not_finite`."""
+    if waiting is not None:
+        run.tracker.log(waiting[0], {"loss": _refuse_not_finite(run, *waiting)})
+
+
+def _refuse_not_finite(run, step, loss) -> float:
+    """The mean of losses [devices, n].
 
     Raises:
-      InputError: the loss is not finite; what was kept before is not overwritten.
+      InputError: it is not finite; what was kept before is not overwritten.
     """
-    if waiting is not None:
-        step, loss = waiting
-        loss = float(np.mean(np.asarray(loss.addressable_shards[0].data)))
-        if not np.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} by update {step}: lower optim.lr, or look at the data; the checkpoints before it "
-                f"are in {run.folder}"
-            )
-        run.tracker.log(step, {"loss": loss})
+    loss = float(np.mean(np.asarray(loss.addressable_shards[0].data)))
+    if not np.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} by update {step}: lower optim.lr, or look at the data; the checkpoints before it "
+            f"are in {run.folder}"
+        )
+    return loss
+
+
+def _keep_to_resume(run: _Run, state: losses.TrainState):
+    """Keeps a checkpoint only to resume from, with the losses up to it."""
+    run.kept.save(state, run.info, keep=False)
+    run.tracker.flush()
 
 
 def _keep(run: _Run, state: losses.TrainState):
     """Keeps a checkpoint for good, with a picture of its samples and, where asked for, their distance to the data."""
-    config, step = run.config, int(state.step)
     run.kept.save(state, run.info, keep=True)
     run.tracker.flush()
+    _show(run, state)
+
+
+def _measures_snapshots(config) -> bool:
+    return bool(config.training.snapshot_sampling and config.training.snapshot_fid_sample) and not jax.process_index()
+
+
+def _picture_of(folder, step):
+    return folder / "samples" / f"step_{step}.png"
+
+
+def _is_shown(config, folder, step) -> bool:
+    return bool(jax.process_index()) or not config.training.snapshot_sampling or _picture_of(folder, step).exists()
+
+
+def _show(run: _Run, state: losses.TrainState):
+    """Measures and draws a kept checkpoint, on the first host; the picture comes last and tells that all is done."""
+    config, step = run.config, int(state.step)
     if jax.process_index() or not config.training.snapshot_sampling:
         return
-    flow, params = run.flow, state.ema_params
-    path = run.folder / "samples" / f"step_{step}.png"
-    _draw_samples(flow, params, config.data.centered, path)
-    run.tracker.picture(step, "samples", path)
-    if config.training.snapshot_fid_sample:
-        network, real = _features(config)
-        quality, _ = measurement.sample_quality(
-            flow,
-            params,
-            config.training.snapshot_fid_sample,
-            config.eval.batch_size,
-            network=network,
-            real=real,
-            centered=config.data.centered,
+    flow, params, centered = run.flow, state.ema_params, config.data.centered
+    flow = measurement.with_time_grid(flow, params, config.sampling.time_grid)
+    count, size = config.training.snapshot_fid_sample, config.eval.batch_size
+    if run.features:
+        network, real = run.features
+        quality, images = measurement.sample_quality(
+            flow, params, count, size, network=network, real=real, centered=centered
         )
         run.tracker.log(step, quality)
-
-
-def _draw_samples(flow, params, centered, path):
-    batches = measurement.samples(flow, params, SHOWN_IMAGES, SHOWN_IMAGES, measurement.Cost())
-    pictures.draw_images(path, datasets.unscale(np.concatenate(list(batches)), centered))
+        run.tracker.flush()
+    else:
+        images = next(measurement.samples(flow, params, SHOWN_IMAGES, SHOWN_IMAGES, measurement.Cost()))
+        images = datasets.unscale(images, centered)
+    pictures.draw_images(_picture_of(run.folder, step), images[:SHOWN_IMAGES])
+    run.tracker.picture(step, "samples", _picture_of(run.folder, step))
 
 
 def _draw_losses(run):
@@ -272,73 +313,17 @@ def _optimizer(config):
     )
 
 
-# --- weights, pairs, flows --------------------------------------------------------------------------------------------
-
-
-def _image_shape(config) -> tuple[int, int, int]:
-    return (config.data.image_size, config.data.image_size, config.data.num_channels)
+# --- weights and flows ------------------------------------------------------------------------------------------------
 
 
 def _random_weights(config, model) -> models.Weights:
-    params = models.init_params(model, jax.random.key(config.seed), _image_shape(config))
+    params = models.init_params(model, jax.random.key(config.seed), sources.image_shape(config))
     zeros = jax.tree.map(np.zeros_like, params) if not _is_abstract(params) else params
     return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
 
 
 def _is_abstract(tree):
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _starting_weights(config, workdir, parent: str | None) -> models.Weights | None:
-    """The weights that a job starts from, by design.md section 6: given by the user, else the stage before.
-
-    None for a 1-RF that nothing was given.
-
-    Raises:
-      InputError: nothing found; the message says where it looked.
-    """
-    training = config.training
-    if is_given(training.import_torch):
-        weights, source = models.import_torch(training.import_torch, config), training.import_torch
-    elif is_given(training.import_flax):
-        weights, source = checkpoints.load_weights(training.import_flax, config), training.import_flax
-    elif parent is None:
-        return None
-    elif checkpoints.steps_in(workdir / parent):
-        source = workdir / parent
-        weights = checkpoints.load_weights(source, config)
-    else:
-        raise InputError(
-            f"no weights to start from: training.import_torch and training.import_flax are not given and "
-            f"{workdir / parent / 'checkpoints'} has no checkpoint; train that stage first or give one"
-        )
-    checkpoints.log_found(str(source), weights)
-    return weights
-
-
-def _pair_set(config, workdir) -> reflow.PairSet:
-    """The pairs of this workdir, refused where they were made for another k, size or range."""
-    expect = {
-        "k": config.training.reflow_t,
-        "image_shape": _image_shape(config),
-        "centered": config.data.centered,
-    }
-    if config.training.adaptive_interval:
-        expect["adaptive"] = True
-    folder = workdir / PAIRS
-    manifest = reflow.read_manifest(folder)
-    stores_noise = manifest is None or manifest["store_noise"]
-    images = None if stores_noise else datasets.image_source(config.data)
-    return reflow.PairSet(folder, partial=config.training.reflow_partial, expect=expect, images=images)
-
-
-def _refuse_other_teacher(pairs, weights):
-    teacher, given = pairs.manifest.get("teacher"), reflow.fingerprint(weights.ema_params)
-    if teacher is not None and teacher != given:
-        raise InputError(
-            f"the pairs in {pairs.folder} were made by teacher {teacher}, this run starts from {given}; start from the "
-            "same checkpoint, or make new pairs in another workdir"
-        )
 
 
 def _flow(config, model, boundaries) -> measurement.Flow:
@@ -351,25 +336,32 @@ def _flow(config, model, boundaries) -> measurement.Flow:
     return measurement.Flow(
         model=model,
         boundaries=np.asarray(boundaries, np.float32),
-        image_shape=_image_shape(config),
+        image_shape=sources.image_shape(config),
         options=options,
         seed=config.seed,
     )
 
 
-def _features(config):
-    """The feature network of the data set and its features of all real images."""
-    network = evaluation.feature_network(config.data, config.eval.inception_path)
+def _features(config, samples: int):
+    """The feature network of the data set and its features of all real images, which `samples` are compared with.
+
+    Raises:
+      InputError: there is no network or no data set, or too few samples; before features are computed.
+    """
     source = datasets.image_source(config.data)
+    least = evaluation.least_samples(source.size)
+    if samples < least:
+        raise InputError(
+            f"{samples} samples are too few to compare with the {source.size:,} images of {source.name}; use "
+            f"eval.num_samples, or training.snapshot_fid_sample, of {least} or more"
+        )
+    network = evaluation.feature_network(config.data, config.eval.inception_path)
     return network, evaluation.real_features(network, source, config.eval.batch_size)
 
 
-def _tracker(config, folder, workdir, name, resume_step=None):
-    settings = config.to_dict()
+def _tracker(config, folder, workdir, name, **options):
     primary = jax.process_index() == 0
-    return tracking.Tracker(
-        folder, workdir=workdir, name=name, config=settings, primary=primary, resume_step=resume_step
-    )
+    return tracking.Tracker(folder, workdir=workdir, name=name, config=config.to_dict(), primary=primary, **options)
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -377,20 +369,21 @@ def _tracker(config, folder, workdir, name, resume_step=None):
 
 def _generate_pairs(config, workdir, log_name):
     training, data = config.training, config.data
-    worker = reflow.worker_of(training.gen_worker)
+    place, workers = worker = reflow.worker_of(training.gen_worker)
     images = datasets.image_source(data)
-    weights = _starting_weights(config, workdir, "1_rf")
-    model = models.create_model(config)
-    teacher = weights.ema_params
+    source = sources.starting_source(config, workdir, "1_rf")
+    weights = source.load()
+    checkpoints.log_found(source.name, weights)
+    model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
     plan = reflow.plan_pairs(
-        folder=workdir / PAIRS,
+        folder=workdir / sources.PAIRS,
         boundaries=boundaries,
         pairs=training.n_reflow_data,
         file_size=training.reflow_file_size,
         dtype=training.reflow_dtype,
         store_noise=training.reflow_store_noise,
-        image_shape=_image_shape(config),
+        image_shape=sources.image_shape(config),
         dataset=images.identity,
         dataset_size=images.size,
         centered=data.centered,
@@ -402,32 +395,36 @@ def _generate_pairs(config, workdir, log_name):
         solver=config.sampling.solver,
         error_norm=config.sampling.error_norm,
     )
-    tracker = _tracker(config, workdir / "samples", workdir, f"{log_name}-pairs")
-    summary = reflow.generate(
-        plan,
-        images,
-        lambda params: models.velocity_fn(model, params),
-        teacher,
-        batch_size=training.gen_reflow_size,
-        worker=worker,
-        extra=extra,
-    )
-    made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
-    tracker.log(0, made | {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)})
-    tracker.close()
+    name = "" if workers == 1 else f"_{place}_of_{workers}"  # workers that do not know each other share the folder
+    options = {"file_name": f"metrics{name}.json"}
+    with contextlib.closing(
+        _tracker(config, workdir / "samples", workdir, f"{log_name}-pairs{name}", **options)
+    ) as tracker:
+        summary = reflow.generate(
+            plan,
+            images,
+            lambda params: models.velocity_fn(model, params),
+            teacher,
+            batch_size=training.gen_reflow_size,
+            worker=worker,
+            extra=extra,
+        )
+        if summary.pairs:
+            made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
+            made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
+            tracker.log(plan.pairs - sum(map(plan.count, pairplan.missing_files(plan))), made)
 
 
 def _pair_boundaries(config, workdir, model, teacher):
     """(boundaries, what the manifest says of them): those of pairs begun before, else SeqRF-Ada's, else uniform."""
-    k = config.training.reflow_t
-    if (begun := _begun_boundaries(config, workdir)) is not None:
-        return begun, {}
-    if not config.training.adaptive_interval:
+    k, is_adaptive = config.training.reflow_t, config.training.adaptive_interval
+    manifest = reflow.read_manifest(workdir / sources.PAIRS)
+    if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
+        return np.float32(manifest["boundaries"]), {}
+    if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
     flow = _flow(config, model, segments.uniform_boundaries(k))
     division = adaptive.best_division(measurement.fine_distances(flow, teacher), k)
-    if (begun := _begun_boundaries(config, workdir)) is not None:
-        return begun, {}  # another worker, perhaps with other hardware, was first: its division is the set's
     logger.info(
         "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", division.boundaries, division.cost, division.uniform_cost
     )
@@ -439,15 +436,6 @@ def _pair_boundaries(config, workdir, model, teacher):
     }
 
 
-def _begun_boundaries(config, workdir):
-    """The boundaries of the pairs that are begun in this workdir; None if there are none of this kind."""
-    manifest = reflow.read_manifest(workdir / PAIRS)
-    kind = (config.training.reflow_t, config.training.adaptive_interval)
-    if manifest is None or (manifest["k"], manifest.get("adaptive")) != kind:
-        return None
-    return np.float32(manifest["boundaries"])
-
-
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -455,65 +443,47 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
     """--mode=eval: measures every checkpoint asked for, each into `<workdir>/<eval_folder>/step_<step>/`.
 
     A checkpoint that was measured with the same settings is not measured again. In a run of several hosts the first
-    one works alone.
+    one works alone, and the others leave at once.
 
     Raises:
       InputError: no checkpoint, no data, no feature network; a setting that cannot work.
     """
-    config = _checked(config, "eval")
-    if jax.process_index():
+    if int(os.environ.get("JAX_PROCESS_ID") or 0):
         return
+    config = _checked(config, "eval")
     workdir = epath.Path(workdir)
-    found = _evaluated_weights(config, workdir)
-    network, real = _features(config)
+    found = sources.sources_to_evaluate(config, workdir)
+    config.training.reflow_t = sources.evaluated_segments(config, found)
+    check_steps(config, "eval")
+    loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
+    features = _features(config, config.eval.num_samples)
     folder, model = workdir / eval_folder, models.create_model(config)
-    tracker = _tracker(config, folder, workdir, f"{log_name}-{eval_folder}")
     flows = {}  # by boundaries, which all checkpoints of a run share: what is compiled is compiled once
-    for step, (load, boundaries) in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
-        params = load().ema_params
-        flow = flows.setdefault(str(boundaries), _flow(config, model, boundaries))
-        settings = _settings(config, flow, params, network.name)
-        target = folder / f"step_{step}"
-        if tracking.read_json(target / "metrics.json", {}).get("settings") == settings:
-            logger.info("%s is measured already", target)
-            continue
-        tfgan_compat.import_in_background()  # while the samplers are compiled
-        values = _measure(config, flow, params, network, real, target)
-        named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
-        tracking.write_json(target / "metrics.json", {**named, **values, "settings": settings})
-        tracker.log(step, values)
-        for picture in sorted(target.glob("*.png")):
-            tracker.picture(step, picture.stem, picture)
-    tracker.close()
+    with contextlib.closing(_tracker(config, folder, workdir, f"{log_name}-{eval_folder}")) as tracker:
+        for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
+            weights = loaded.pop(step, None) or source.load()
+            boundaries = sources.evaluated_boundaries(config, workdir, source)
+            flow = flows.setdefault(str(boundaries), _flow(config, model, boundaries))
+            step = int(weights.step) if step is None else step
+            _evaluate_checkpoint(config, flow, weights.ema_params, step, features, folder / f"step_{step}", tracker)
 
 
-def _evaluated_weights(config, workdir) -> dict[int, tuple[Callable, np.ndarray]]:
-    """The weights to measure by step: (a function that loads them, their boundaries)."""
-    uniform = segments.uniform_boundaries(config.training.reflow_t)
-    if is_given(config.training.import_torch) or is_given(config.training.import_flax):
-        weights = _starting_weights(config, workdir, None)
-        manifest = reflow.read_manifest(workdir / PAIRS) if config.model.rf_phase == 2 else None
-        return {int(weights.step): (lambda: weights, uniform if manifest is None else manifest["boundaries"])}
-    stage = "1_rf" if config.model.rf_phase == 1 else EVALUATED[config.eval.reflow_mode]
-    there, wanted = checkpoints.steps_in(workdir / stage), config.eval
-    steps = [
-        step
-        for step in there
-        if wanted.begin_step <= step <= wanted.end_step and (step - wanted.begin_step) % wanted.interval_step == 0
-    ]
-    if not steps:
-        raise InputError(
-            f"no checkpoint to evaluate in {workdir / stage / 'checkpoints'}: it has {there or 'none'}, asked for are "
-            f"eval.begin_step={wanted.begin_step} to end_step={wanted.end_step} by interval_step={wanted.interval_step}"
-        )
-    folders = {step: workdir / stage / "checkpoints" / str(step) for step in steps}
-    return {
-        step: (lambda folder=folder: checkpoints.load_weights(folder, config), checkpoints.boundaries_of(folder))
-        for step, folder in folders.items()
-    }
+def _evaluate_checkpoint(config, flow, params, step: int, features, folder, tracker):
+    network, real = features
+    settings = _settings(config, flow, params, network)
+    if tracking.read_json(folder / "metrics.json", {}).get("settings") == settings:
+        logger.info("%s is measured already", folder)
+        return
+    tfgan_compat.import_in_background()  # while the samplers are compiled
+    values = _measure(config, flow, params, network, real, folder)
+    named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
+    tracking.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
+    tracker.log(step, values)
+    for picture in sorted(folder.glob("*.png")):
+        tracker.picture(step, picture.stem, picture)
 
 
-def _settings(config, flow, params, network_name) -> dict:
+def _settings(config, flow, params, network) -> dict:
     """What a measurement depends on: where all of it is the same, measuring again gives the same."""
     return {
         "weights": reflow.fingerprint(params),
@@ -524,7 +494,11 @@ def _settings(config, flow, params, network_name) -> dict:
         "straightness_samples": config.eval.straightness_samples,
         "save_trajectory": config.eval.save_trajectory,
         "seed": config.seed,
-        "network": network_name,
+        "network": f"{network.name} {network.identity}",
+        "data": f"{config.data.dataset} {config.data.category}".strip(),
+        # The adaptive solver shares its steps over a device's batch.
+        "batch_size": config.eval.batch_size,
+        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
@@ -532,7 +506,7 @@ def _model_name(config) -> str:
     """As the paper calls it: 1-RF, k-SeqRF or k-SeqRF-Distill."""
     if config.model.rf_phase == 1:
         return "1-RF"
-    distilled = EVALUATED[config.eval.reflow_mode] == "2_distill"
+    distilled = sources.EVALUATED[config.eval.reflow_mode] == "2_distill"
     return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if distilled else "")
 
 

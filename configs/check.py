@@ -1,5 +1,6 @@
 """Whether a configuration can work: every value that is wrong for a job is named before any work is done."""
 
+import segments
 from utils import InputError
 
 PREDICTORS = ("rf_solver", "rf_solver_heun", "dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
@@ -64,7 +65,7 @@ def check_config(config, mode: str):
         if not low <= value or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--config.{name}={value}: it must be {span}")
-    _check_steps(config, mode)
+    check_steps(config, mode)
 
 
 def segments_of(config) -> int:
@@ -78,7 +79,8 @@ def _value(config, name):
     return config
 
 
-def _check_steps(config, mode):
+def check_steps(config, mode: str):
+    """Raises InputError where numbers of steps, segments and updates do not fit together."""
     training, k = config.training, segments_of(config)
     generates = mode == "train" and config.model.rf_phase == 2 and training.reflow_mode == "gen_reflow"
     if config.sampling.method == "pc" and config.model.num_scales < k:
@@ -88,6 +90,11 @@ def _check_steps(config, mode):
         )
     if generates and config.sampling.method != "ode":
         raise InputError("pairs are solved with adaptive steps; use --config.sampling.method=ode")
+    if generates and training.adaptive_interval and k * segments.SHORTEST_SEGMENT > 1:
+        raise InputError(
+            f"--config.training.reflow_t={k}: no adaptive segment is shorter than {segments.SHORTEST_SEGMENT:.0%} of "
+            f"the time; use at most {round(1 / segments.SHORTEST_SEGMENT)}, or training.adaptive_interval=False"
+        )
     if mode != "train" or generates:
         return
     for name in ("snapshot_freq", "snapshot_freq_for_preemption"):

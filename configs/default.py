@@ -22,7 +22,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     data.uniform_dequantization = False  # add U[0, 1) to the 0..255 values, then divide by 256
 
     config.model = model = ml_collections.ConfigDict()
-    model.rf_phase = 1  # 1: the first rectified flow; 2: pairs, k-SeqRF, distillation and their evaluation
+    model.rf_phase = 2  # 1: the first rectified flow; 2: pairs, k-SeqRF, distillation and their evaluation
     model.num_scales = 1000  # N, the steps of the fixed-grid samplers (sampling.method='pc')
     model.ema_rate = 0.999999
     model.variable_ema_rate = True  # cap the EMA rate by (1 + n) / (10 + n), n updates so far
@@ -54,7 +54,7 @@ def get_default_config() -> ml_collections.ConfigDict:
 
     config.training = training = ml_collections.ConfigDict()
     training.reflow_mode = "train_reflow"  # gen_reflow | train_reflow | train_distill, when rf_phase is 2
-    training.reflow_t = 1  # k, the number of segments
+    training.reflow_t = 1  # k, the number of segments; an evaluation takes it from the checkpoint
     training.adaptive_interval = False  # SeqRF-Ada: boundaries from the teacher's curvature (in gen_reflow)
     training.batch_size = 512  # over all hosts and devices
     training.n_iters = 400_001  # weight updates in the whole run

@@ -19,6 +19,7 @@ from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/rf/digits_rf_continuous.py"
 CIFAR = "--config=configs/rf/cifar10_rf_continuous.py"
+FIRST = "--config.model.rf_phase=1"
 REFLOW = "--config.model.rf_phase=2"
 FOUR_SEGMENTS = [REFLOW, "--config.training.reflow_t=4"]
 
@@ -55,10 +56,12 @@ def run(*arguments, workdir):
         ),
         ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=train_reflow"], "no pairs in"),
         ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=gen_reflow"], "no weights to start from"),
-        ([DIGITS, "--mode=eval", "--config.model.rf_phase=1"], "no checkpoint to evaluate"),
-        ([DIGITS, "--mode=train", "--config.training.import_torch=/no/such.pth"], "/no/such.pth"),
-        ([DIGITS, "--mode=train", "--config.training.import_flax=/no/such"], "no checkpoint at /no/such"),
-        ([CIFAR, "--mode=train", "--config.data.data_dir=/no/data"], "/no/data"),
+        ([DIGITS, "--mode=eval", FIRST], "no checkpoint to evaluate"),
+        ([DIGITS, "--mode=eval", "--config.eval.reflow_mode=eval_distill"], "2_distill/checkpoints"),
+        ([DIGITS, "--mode=train", FIRST, "--workdir=README.md/run"], "README.md"),
+        ([DIGITS, "--mode=train", FIRST, "--config.training.import_torch=/no/such.pth"], "/no/such.pth"),
+        ([DIGITS, "--mode=train", FIRST, "--config.training.import_flax=/no/such"], "no checkpoint at /no/such"),
+        ([CIFAR, "--mode=train", FIRST, "--config.data.data_dir=/no/data"], "/no/data"),
     ],
 )  # fmt: skip
 def test_wrong_input_ends_in_one_clear_line(arguments, message, tmp_path):
@@ -114,7 +117,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
     given = [f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}", "--config.eval.save_trajectory=True"]
     kept = []
     for folder in ("first", "second"):
-        evaluate = [DIGITS, "--mode=eval", f"--eval_folder={folder}", "--config.sampling.tol=0.01"]
+        evaluate = [DIGITS, "--mode=eval", FIRST, f"--eval_folder={folder}", "--config.sampling.tol=0.01"]
         code, said, _ = run(*evaluate, *sizes, *given, *TINY, workdir=tmp_path / "run")
         assert code == 0, said
         assert "host callbacks" not in said  # such programs are never kept
@@ -126,7 +129,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
 
 def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     lengths = ["--config.training.n_iters=4", "--config.training.n_jitted_steps=2", "--config.training.batch_size=8"]
-    arguments = [DIGITS, "--mode=train", "--config.model.rf_phase=1", *TINY, *lengths]
+    arguments = [DIGITS, "--mode=train", FIRST, *TINY, *lengths]
     arguments.append("--config.training.snapshot_freq_for_preemption=2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -151,9 +154,9 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
 
 
 def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):
-    lengths = ["--config.training.n_iters=400", "--config.training.batch_size=8", "--config.training.log_freq=100"]
+    lengths = ["--config.training.n_iters=400", "--config.training.batch_size=8", "--config.training.log_freq=10"]
     saving = ["--config.training.snapshot_freq=400", "--config.training.snapshot_freq_for_preemption=20"]
-    arguments = [DIGITS, "--mode=train", "--config.model.rf_phase=1", *TINY, *lengths, *saving]
+    arguments = [DIGITS, "--mode=train", FIRST, *TINY, *lengths, *saving]
     assert run(*arguments, workdir=tmp_path / "undisturbed")[0] == 0
 
     command = [sys.executable, "main.py", f"--workdir={tmp_path / 'killed'}", *arguments]
@@ -167,6 +170,9 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):
     assert checkpoints.steps_in(tmp_path / "killed" / "1_rf") == [0]  # it had not finished
     assert run(*arguments, workdir=tmp_path / "killed")[0] == 0
 
+    lines = [json.loads((tmp_path / name / "1_rf/metrics.json").read_text()) for name in ("undisturbed", "killed")]
+    assert len(lines[0]) == 40
+    assert lines[0] == lines[1]  # of before the kill too
     first, _ = checkpoints.load_with_info(tmp_path / "undisturbed" / "1_rf")
     second, _ = checkpoints.load_with_info(tmp_path / "killed" / "1_rf")
     assert first.step == second.step == 400

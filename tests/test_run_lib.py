@@ -1,22 +1,27 @@
 """Whole jobs with a tiny network on real digits: every stage, every artefact, and a kill in the middle."""
 
 import json
+import shutil
 
 import flax
 import jax
 import numpy as np
 import pytest
+import torch
+import torch_twin
 
 import checkpoints
+import models
 import reflow
 import run_lib
+import sources
 from configs.rf.digits_rf_continuous import get_config
 from utils import InputError
 
 
 def tiny_config(**sections):
     config = get_config()
-    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=(), num_scales=2)
+    config.model.update(rf_phase=1, nf=4, ch_mult=(1,), attn_resolutions=(), num_scales=2)
     config.training.update(
         batch_size=8,
         n_iters=6,
@@ -84,7 +89,7 @@ def test_a_stage_starts_from_the_one_before_with_its_head_copied(workdir):
 
 
 def test_pairs_are_what_their_manifest_says(workdir):
-    pairs = reflow.PairSet(workdir / run_lib.PAIRS)
+    pairs = reflow.PairSet(workdir / sources.PAIRS)
     teacher, _ = state(workdir, "1_rf", 6)
     assert len(pairs) == 64
     assert pairs.k == 2
@@ -111,9 +116,11 @@ def test_evaluation_measures_every_checkpoint_asked_for_once(workdir):
     before = metrics_file.stat().st_mtime_ns
     run_lib.evaluate(config, workdir, "ode")
     assert metrics_file.stat().st_mtime_ns == before
-    config.sampling.tol = 0.1
+    config.sampling.update(tol=0.1, solver="bosh3", error_norm="sample")
+    config.eval.begin_step = 4
     run_lib.evaluate(config, workdir, "ode")
     assert metrics_file.stat().st_mtime_ns > before
+    assert [line["step"] for line in json.loads((workdir / "ode" / "metrics.json").read_text())] == [0, 4]
 
 
 def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir):
@@ -130,6 +137,8 @@ def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir):
     metrics = json.loads((workdir / "first" / "step_6" / "metrics.json").read_text())
     assert metrics["nfe"] == 6
     assert metrics["model"] == "1-RF"
+    with np.load(workdir / "first" / "step_6" / "straightness.npz") as saved:
+        assert np.ptp(np.diff(saved["ts"])) > 1e-3  # placed, not uniform
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_result(workdir, tmp_path):
@@ -143,10 +152,54 @@ def test_a_run_that_stopped_goes_on_to_the_same_result(workdir, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(workdir):
-    checkpoint = workdir / "1_rf" / "checkpoints" / "6"
-    before = checkpoint.stat().st_mtime_ns
+    watched = [workdir / "1_rf" / "checkpoints" / "6", workdir / "samples" / "metrics.json"]
+    before = [path.stat().st_mtime_ns for path in watched[:1]], watched[1].read_text()
     run_lib.train(tiny_config(), workdir)
-    assert checkpoint.stat().st_mtime_ns == before
+    run_lib.train(reflow_config("gen_reflow"), workdir)
+    assert ([path.stat().st_mtime_ns for path in watched[:1]], watched[1].read_text()) == before
+    assert json.loads(before[1])[0]["pairs"] == 64
+
+
+def test_a_checkpoint_whose_picture_a_kill_prevented_is_drawn_later(workdir):
+    picture, losses_drawn = workdir / "1_rf" / "samples" / "step_6.png", workdir / "1_rf" / "loss.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    losses_drawn.unlink()
+    run_lib.train(tiny_config(), workdir)
+    assert picture.read_bytes() == drawn
+    assert losses_drawn.exists()
+
+
+def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdir, tmp_path):
+    start = {"import_flax": str(workdir / "1_rf" / "checkpoints" / "4")}
+    run_lib.train(tiny_config(training=start | {"n_iters": 5, "n_jitted_steps": 1}), tmp_path / "start")
+    assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5]
+    start = {"import_flax": str(tmp_path / "start"), "n_iters": 9}
+    run_lib.train(tiny_config(training=start), tmp_path / "run")
+    # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
+    assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [5, 8, 9]
+    run_lib.train(tiny_config(training=start | {"n_jitted_steps": 1}), tmp_path / "one by one")
+    together, _ = state(tmp_path / "run", "1_rf", 9)
+    alone, _ = state(tmp_path / "one by one", "1_rf", 9)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), together.params, alone.params)
+
+
+def test_given_weights_that_need_no_update_are_the_stage(workdir, tmp_path):
+    run_lib.train(tiny_config(training={"import_flax": str(workdir / "1_rf")}), tmp_path)
+    assert checkpoints.steps_in(tmp_path / "1_rf") == [6]
+    kept, info = state(tmp_path, "1_rf", 6)
+    jax.tree.map(np.testing.assert_array_equal, kept.params, state(workdir, "1_rf", 6)[0].params)
+    assert info["source"] == str(workdir / "1_rf")
+
+
+def test_snapshots_are_measured_and_too_few_samples_refused_before_training(tmp_path):
+    with pytest.raises(InputError, match="of 4 or more"):
+        run_lib.train(tiny_config(training={"snapshot_fid_sample": 3}), tmp_path)
+    assert not checkpoints.steps_in(tmp_path / "1_rf")
+    run_lib.train(tiny_config(training={"snapshot_fid_sample": 16}), tmp_path)
+    lines = {line["step"]: line for line in json.loads((tmp_path / "1_rf" / "metrics.json").read_text())}
+    assert [step for step, line in lines.items() if "fid_digits_classifier" in line] == [0, 4, 6]
+    assert {"loss", "nfe", "fid_digits_classifier"} <= lines[4].keys()
 
 
 def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workdir, tmp_path, monkeypatch):
@@ -154,12 +207,27 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     monkeypatch.setattr("measurement.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
-    manifest = reflow.read_manifest(tmp_path / run_lib.PAIRS)
+    manifest = reflow.read_manifest(tmp_path / sources.PAIRS)
     assert manifest["adaptive"]
     assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
     run_lib.train(reflow_config(training=source | {"n_iters": 2}), tmp_path)
-    assert checkpoints.boundaries_of(tmp_path / "2_rf" / "checkpoints" / "2") == pytest.approx(manifest["boundaries"])
+    trained = tmp_path / "2_rf" / "checkpoints" / "2"
+    assert checkpoints.info_of(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
+    # Measured from another workdir, which has no pairs, it is sampled on its own segments; so is its file's copy.
+    exported = tmp_path / "ada.safetensors"
+    weights, info = checkpoints.load_with_info(trained)
+    checkpoints.export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
+    for path in (trained, exported):
+        config = reflow_config(training={"import_flax": str(path)})
+        found = sources.sources_to_evaluate(config, tmp_path / "elsewhere")
+        boundaries = sources.evaluated_boundaries(config, tmp_path / "elsewhere", found[None])
+        np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
+    # Uniform pairs are nothing that it learned from.
+    (tmp_path / "other" / "samples").mkdir(parents=True)
+    (tmp_path / "other" / "samples" / "reflow_batch").symlink_to(workdir / "samples" / "reflow_batch")
+    with pytest.raises(InputError, match="boundaries"):
+        run_lib.train(reflow_config("train_distill", training={"import_flax": str(trained)}), tmp_path / "other")
 
 
 def test_pairs_of_another_teacher_or_k_are_refused(workdir, tmp_path):
@@ -172,6 +240,79 @@ def test_pairs_of_another_teacher_or_k_are_refused(workdir, tmp_path):
         run_lib.train(reflow_config(training={"reflow_t": 4}), tmp_path)
 
 
+def test_neither_a_resumed_run_nor_a_distillation_takes_the_pairs_of_another_teacher(workdir, tmp_path):
+    for stage in ("1_rf", "2_rf"):
+        shutil.copytree(workdir / stage, tmp_path / stage)
+    shutil.rmtree(tmp_path / "2_rf" / "checkpoints" / "6")
+    run_lib.train(reflow_config("gen_reflow", training={"import_flax": str(workdir / "1_rf/checkpoints/0")}), tmp_path)
+    with pytest.raises(InputError, match="teacher"):
+        run_lib.train(reflow_config("train_reflow"), tmp_path)
+    with pytest.raises(InputError, match="teacher"):
+        run_lib.train(reflow_config("train_distill"), tmp_path)
+
+
+def test_an_evaluation_takes_k_from_the_checkpoint_and_refuses_another(workdir):
+    config = reflow_config(training={"reflow_t": 1}, eval={"begin_step": 6, "save_trajectory": True})
+    config.sampling.method = "pc"
+    run_lib.evaluate(config, workdir, "k from the checkpoint")
+    metrics = json.loads((workdir / "k from the checkpoint" / "step_6" / "metrics.json").read_text())
+    assert metrics["model"] == "2-SeqRF"
+    assert metrics["settings"]["boundaries"] == [1.0, 0.5, 0.0]
+    with pytest.raises(InputError, match="k = 2 segments"):
+        run_lib.evaluate(reflow_config(training={"reflow_t": 4}), workdir, "no")
+    config.model.num_scales = 1
+    with pytest.raises(InputError, match="num_scales=1 steps cannot cover"):
+        run_lib.evaluate(config, workdir, "no")
+
+
+def test_an_evaluation_is_the_first_hosts_alone(workdir, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")  # where nobody answers
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    config = reflow_config(eval={"begin_step": 6})
+    for host in ("1", "0"):
+        monkeypatch.setenv("JAX_PROCESS_ID", host)
+        run_lib.evaluate(config, workdir, "hosts")
+        assert (workdir / "hosts").exists() == (host == "0")
+
+
+def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp_path):
+    config = tiny_config(training={"reflow_t": 1})
+    saved = torch_twin.checkpoint(torch_twin.randomized(torch_twin.Twin(config)), step=70, updates=3)
+    torch.save(saved, tmp_path / "one.pth")
+    start = {"import_torch": str(tmp_path / "one.pth"), "import_flax": str(workdir / "1_rf")}  # the first is taken
+    imported = models.import_torch(tmp_path / "one.pth", config)
+
+    run_lib.train(tiny_config(training=start | {"n_iters": 71}), tmp_path)
+    assert checkpoints.steps_in(tmp_path / "1_rf") == [70, 71]
+    run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
+    teacher = reflow.fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
+    assert reflow.read_manifest(tmp_path / sources.PAIRS)["teacher"] == teacher
+    run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
+    student, info = state(tmp_path, "2_rf", 0)
+    assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
+    for own, given in ((student.params, imported.params), (student.ema_params, imported.ema_params)):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape)), own, given)
+    run_lib.evaluate(tiny_config(training=start), tmp_path, "imported")
+    metrics = json.loads((tmp_path / "imported" / "step_70" / "metrics.json").read_text())
+    assert metrics["settings"]["weights"] == reflow.fingerprint(imported.ema_params)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    # Noticed when it is to be saved, though no loss is logged until then.
+    config = tiny_config(optim={"lr": float("inf"), "warmup": 0}, training={"log_freq": 100, "n_jitted_steps": 1})
     with pytest.raises(InputError, match="loss is nan"):
-        run_lib.train(tiny_config(optim={"lr": float("inf"), "warmup": 0}), tmp_path)
+        run_lib.train(config, tmp_path)
+    assert checkpoints.RunCheckpoints(tmp_path / "1_rf").latest_step() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (reflow_config("gen_reflow", training={"reflow_t": 101, "adaptive_interval": True}), "at most 100"),
+        (tiny_config(model={"ch_mult": (1, 2, 2, 2, 2)}), "image_size"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_work(config, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_lib.train(config, tmp_path)
+    assert not any(tmp_path.iterdir())
