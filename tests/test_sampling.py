@@ -79,6 +79,12 @@ def test_euler_on_a_piecewise_straight_flow_is_exact():
     assert measured.total > 0.1
 
 
+def test_straightness_copies_no_trajectory():
+    ts, xs = jax.ShapeDtypeStruct((129,), jnp.float32), jax.ShapeDtypeStruct((129, 16, 16, 16, 3), jnp.float32)
+    program = jax.jit(sampling.straightness).lower(ts, xs, np.float32([1.0, 0.5, 0.0])).compile()
+    assert program.memory_analysis().temp_size_in_bytes < xs.size * 4 / 10
+
+
 def test_straightness_over_boundaries_that_fall_between_the_states():
     ts = jnp.float32([1.0, 0.8, 0.3, 0.0])
     xs = jnp.array([[[1.0]], [[0.8]], [[0.3]], [[0.0]]])
