@@ -70,9 +70,6 @@ def _config():
 
 
 if __name__ == "__main__":
-    # diffrax checks the times of a trajectory, whose order ours have by construction, through the host: a round trip in
-    # every solve; and XLA keeps no program that has one in its compilation cache.
-    os.environ.setdefault("EQX_ON_ERROR", "off")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or TensorFlow tells at length that it finds no GPU
     # Our own lines, and of the libraries only what is wrong: orbax alone would write twenty lines a checkpoint.
     absl_logging.set_verbosity(absl_logging.WARNING)

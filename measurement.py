@@ -17,9 +17,10 @@ import datasets
 import evaluation
 import models
 import sampling
+import segments
 from utils import InputError
 
-FINE_STEPS, FINE_NOISES = 500, 128  # of the trajectories that adaptive divisions are found on (design.md section 3)
+FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
 # What global truncation error is measured against.
 EXACT = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
 TRAJECTORY_BYTES = 1 << 30  # at most, of one device, for the states behind a curve, a division or a picture
@@ -268,7 +269,7 @@ def fine_distances(flow: Flow, params, batch_size: int = 16) -> Float[np.ndarray
     Raises:
       InputError: the weights give states that are not finite.
     """
-    uniform = np.linspace(1.0, 0.0, FINE_STEPS + 1, dtype=np.float32)
+    uniform = np.linspace(1.0, 0.0, segments.FINE_STEPS + 1, dtype=np.float32)
     times = np.union1d(uniform, np.float32(flow.boundaries))[::-1]
     fine = {"method": "pc", "predictor": "rf_solver", "num_scales": times.size - 1, "time_grid": times}
 
@@ -296,6 +297,8 @@ def with_time_grid(flow: Flow, params, time_grid: str) -> Flow:
     if time_grid == "uniform" or flow.options["method"] != "pc":
         return flow
     num_scales = flow.options["num_scales"]
-    adaptive.shares_of_steps(flow.boundaries, num_scales, FINE_STEPS)  # an error now, not after the trajectories
+    adaptive.shares_of_steps(
+        flow.boundaries, num_scales, segments.FINE_STEPS
+    )  # an error now, not after the trajectories
     times = adaptive.adaptive_times(fine_distances(flow, params), flow.boundaries, num_scales)
     return dataclasses.replace(flow, time_grid=times)

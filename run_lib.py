@@ -181,7 +181,7 @@ def _first_state(config, workdir, stage, pairs, model, kept) -> tuple[losses.Tra
     state = kept.resume(fresh, describe())
     if state is not None:
         logger.info("going on in %s from update %d", workdir / stage.name, state.step)
-        return state, describe(), False
+        return state, describe(source=checkpoints.info_of(workdir / stage.name)["source"] or ""), False
     source = sources.starting_source(config, workdir, stage.parent)
     if source is None:
         return losses.initial_state(_random_weights(config, model), transformation), describe(source="random"), True

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 EPS = 1e-3
 LABEL_SCALE = 999.0
 SHORTEST_SEGMENT = 0.01  # of the whole time; no adaptive segment is shorter
+FINE_STEPS = 500  # of the trajectories that adaptive divisions and grids are found on (M of design.md section 3)
 
 
 def tau_of_t(t):

@@ -88,6 +88,12 @@ def check_steps(config, mode: str):
             f"--config.model.num_scales={config.model.num_scales} steps cannot cover training.reflow_t={k} segments; "
             f"use at least {k}"
         )
+    placed = config.sampling.method == "pc" and config.sampling.time_grid == "adaptive"
+    if placed and config.model.num_scales > segments.FINE_STEPS:
+        raise InputError(
+            f"--config.model.num_scales={config.model.num_scales}: adaptive steps are placed on {segments.FINE_STEPS} "
+            "fine ones; use at most as many, or sampling.time_grid=uniform"
+        )
     if generates and config.sampling.method != "ode":
         raise InputError("pairs are solved with adaptive steps; use --config.sampling.method=ode")
     if generates and training.adaptive_interval and k * segments.SHORTEST_SEGMENT > 1:

@@ -262,7 +262,7 @@ def test_fine_states_are_uniform_in_time_and_every_segment_has_its_head(monkeypa
 
 def test_fine_trajectories_in_small_pieces_of_memory_are_of_the_same_noises(monkeypatch):
     monkeypatch.setattr(measurement, "FINE_NOISES", 5)
-    monkeypatch.setattr(measurement, "FINE_STEPS", 20)
+    monkeypatch.setattr("segments.FINE_STEPS", 20)
     distances = {}
     for size, images in ((1 << 30, 8), (3 * 4 * 22 * math.prod(SHAPE), 3), (1, 1)):
         monkeypatch.setattr(measurement, "TRAJECTORY_BYTES", size)

@@ -173,8 +173,10 @@ def test_a_checkpoint_whose_picture_a_kill_prevented_is_drawn_later(workdir):
 def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdir, tmp_path):
     start = {"import_flax": str(workdir / "1_rf" / "checkpoints" / "4")}
     run_lib.train(tiny_config(training=start | {"n_iters": 5, "n_jitted_steps": 1}), tmp_path / "start")
-    assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5]
-    start = {"import_flax": str(tmp_path / "start"), "n_iters": 9}
+    run_lib.train(tiny_config(training=start | {"n_iters": 6, "n_jitted_steps": 1}), tmp_path / "start")
+    assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
+    assert checkpoints.info_of(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
+    start = {"import_flax": str(tmp_path / "start" / "1_rf" / "checkpoints" / "5"), "n_iters": 9}
     run_lib.train(tiny_config(training=start), tmp_path / "run")
     # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
     assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [5, 8, 9]
@@ -203,7 +205,7 @@ def test_snapshots_are_measured_and_too_few_samples_refused_before_training(tmp_
 
 
 def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr("measurement.FINE_STEPS", 100)
+    monkeypatch.setattr("segments.FINE_STEPS", 100)
     monkeypatch.setattr("measurement.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
@@ -309,6 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ("config", "message"),
     [
         (reflow_config("gen_reflow", training={"reflow_t": 101, "adaptive_interval": True}), "at most 100"),
+        (tiny_config(model={"num_scales": 501}, sampling={"method": "pc", "time_grid": "adaptive"}), "at most 500"),
         (tiny_config(model={"ch_mult": (1, 2, 2, 2, 2)}), "image_size"),
     ],
 )
