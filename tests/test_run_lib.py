@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ("config", "message"),
     [
         (reflow_config("gen_reflow", training={"reflow_t": 101, "adaptive_interval": True}), "at most 100"),
-        (tiny_config(model={"num_scales": 501}, sampling={"method": "pc", "time_grid": "adaptive"}), "at most 500"),
+        (tiny_config(model={"num_scales": 501}, sampling={"method": "pc", "time_grid": "adaptive"}), "500 fine ones"),
         (tiny_config(model={"ch_mult": (1, 2, 2, 2, 2)}), "image_size"),
     ],
 )
