@@ -297,8 +297,7 @@ def with_time_grid(flow: Flow, params, time_grid: str) -> Flow:
     if time_grid == "uniform" or flow.options["method"] != "pc":
         return flow
     num_scales = flow.options["num_scales"]
-    adaptive.shares_of_steps(
-        flow.boundaries, num_scales, segments.FINE_STEPS
-    )  # an error now, not after the trajectories
+    # An error now, not after the trajectories.
+    adaptive.shares_of_steps(flow.boundaries, num_scales, segments.FINE_STEPS)
     times = adaptive.adaptive_times(fine_distances(flow, params), flow.boundaries, num_scales)
     return dataclasses.replace(flow, time_grid=times)

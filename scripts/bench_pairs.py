@@ -30,6 +30,7 @@ import models
 import pairfiles
 import pairplan
 import reflow
+import sampling
 import segments
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
@@ -212,7 +213,7 @@ def network_call(make_velocity, params, shape, batch_size: int):
     devices = jax.local_device_count()
     x = np.random.default_rng(0).standard_normal((devices, batch_size // devices, *shape), np.float32)
     t, index = np.full(x.shape[:2], 0.5, np.float32), np.zeros(x.shape[:2], np.int32)
-    velocity = jax.pmap(lambda params, *arguments: make_velocity(params)(*arguments))
+    velocity = jax.pmap(lambda params, *arguments: sampling.full_precision(make_velocity(params))(*arguments))
     params = jax_utils.replicate(params)
     x, t, index = (jax.pmap(lambda array: array)(array) for array in (x, t, index))
 
