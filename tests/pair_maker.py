@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import sys
+import time
 import unittest.mock
 
 import jax
@@ -117,6 +118,7 @@ def _generate_apart(devices, hosts, arguments):
     if hosts:
         port, count, place = hosts
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=place)
+        time.sleep(place)  # the first host has done what it can before the second looks at the files
     generate(**arguments)
     if hosts:
         jax.distributed.shutdown()  # as a program's own end would; this kind of process skips it

@@ -377,6 +377,22 @@ def test_a_broken_file_of_one_host_is_made_again_while_the_other_waits(whole_set
     assert pair_maker.digests(tmp_path / "p") == pair_maker.digests(whole_set)
 
 
+def test_a_host_waits_until_the_files_of_the_others_are_whole(whole_set, other_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(reflow, "POLL_SECONDS", 0.01)
+    folder = tmp_path / "p"
+    shutil.copytree(whole_set, folder)
+    os.truncate(folder / "reflow_batch_2.npz", 1000)
+    shutil.copy(other_set / "reflow_batch_4.npz", folder)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(reflow._wait_for_hosts, pair_maker.plan(folder), {1, 2, 4})
+        for number in (2, 4):
+            time.sleep(0.2)
+            assert not waiting.done()
+            pairplan.reopen_set(folder, [number])
+            shutil.copy(whole_set / pairfiles.file_name(number), folder)
+        waiting.result(timeout=60)
+
+
 def test_twenty_kills_leave_the_same_set(tmp_path):
     many = {"pairs": 1500, "file_size": 6, "batch_size": 2}
     pair_maker.generate(tmp_path / "undisturbed", **many)
