@@ -28,7 +28,7 @@ from jaxtyping import Float, UInt32
 
 from utils import InputError
 
-CRC_BLOCK = 2**18  # bytes read at a time for a checksum; they stay in a core's cache
+CRC_BLOCK = 2**20  # bytes read at a time for a checksum; they stay in a core's cache
 # The start of an array in NumPy's format, for plain numbers. NumPy's own reader parses it with `ast`, which in Python
 # 3.11 is not safe in several threads at once (SystemError: AST constructor recursion depth mismatch).
 MAGIC = b"\x93NUMPY"
