@@ -348,6 +348,7 @@ def _features(config, samples: int):
     Raises:
       InputError: there is no network or no data set, or too few samples; before features are computed.
     """
+    network = evaluation.feature_network(config.data, config.eval.inception_path)
     source = datasets.image_source(config.data)
     least = evaluation.least_samples(source.size)
     if samples < least:
@@ -355,7 +356,6 @@ def _features(config, samples: int):
             f"{samples} samples are too few to compare with the {source.size:,} images of {source.name}; use "
             f"eval.num_samples, or training.snapshot_fid_sample, of {least} or more"
         )
-    network = evaluation.feature_network(config.data, config.eval.inception_path)
     return network, evaluation.real_features(network, source, config.eval.batch_size)
 
 

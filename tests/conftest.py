@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 CHECKED = [
     "adaptive", "checkpoints", "datasets", "evaluation", "losses", "measurement", "models", "pairfiles", "pairplan",
-    "pairs", "pictures", "reflow", "sampling", "segments", "tfgan_compat", "tracking", "utils",
+    "pairs", "pictures", "reflow", "sampling", "segments", "sources", "tfgan_compat", "tracking", "utils",
 ]  # fmt: skip
 
 # The jaxtyping annotations of our public functions are checked at every call made in a test.

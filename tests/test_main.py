@@ -130,7 +130,8 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
 def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     lengths = ["--config.training.n_iters=4", "--config.training.n_jitted_steps=2", "--config.training.batch_size=8"]
     arguments = [DIGITS, "--mode=train", FIRST, *TINY, *lengths]
-    arguments.append("--config.training.snapshot_freq_for_preemption=2")
+    # The first host alone draws: the other must neither wait for it in a snapshot nor leave it at the end.
+    arguments += ["--config.training.snapshot_freq_for_preemption=2", "--config.training.snapshot_sampling=True"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -148,6 +149,7 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     one, _ = checkpoints.load_with_info(tmp_path / "one" / "1_rf")
     two, _ = checkpoints.load_with_info(tmp_path / "two" / "1_rf")
     assert one.step == two.step == 4
+    assert (tmp_path / "two" / "1_rf" / "samples" / "step_4.png").exists()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.params, two.params)
     losses = [json.loads((tmp_path / name / "1_rf" / "metrics.json").read_text()) for name in ("one", "two")]
     assert losses[0][-1]["loss"] == pytest.approx(losses[1][-1]["loss"], rel=1e-4)
