@@ -70,7 +70,7 @@ def _config():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or TensorFlow tells at length that it finds no GPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks less; its first words come all the same
     # Our own lines, and of the libraries only what is wrong: orbax alone would write twenty lines a checkpoint.
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("seqrf").setLevel(logging.INFO)

@@ -69,7 +69,7 @@ def check_adaptive(flow: measurement.Flow, params, distances, k: int) -> bool:
     good = shapes["adaptive"] <= shapes["uniform"]
     print(
         f"k = {k}: sequential straightness uniform {shapes['uniform']:.4g}, adaptive {shapes['adaptive']:.4g} with "
-        f"boundaries {np.round(division.boundaries, 3).tolist()}" + ("" if good else "   MISSED"),
+        f"boundaries {np.round(division.boundaries.astype(float), 3).tolist()}" + ("" if good else "   MISSED"),
         flush=True,
     )
     return good
