@@ -364,6 +364,12 @@ def _tracker(config, folder, workdir, name, **options):
     return tracking.Tracker(folder, workdir=workdir, name=name, config=config.to_dict(), primary=primary, **options)
 
 
+def _show_pictures(tracker, step: int, folder):
+    """Shows every picture in a folder in wandb."""
+    for picture in sorted(folder.glob("*.png")):
+        tracker.picture(step, picture.stem, picture)
+
+
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +418,9 @@ def _generate_pairs(config, workdir, log_name):
         if summary.pairs:
             made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
             made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
-            tracker.log(plan.pairs - sum(map(plan.count, pairplan.missing_files(plan))), made)
+            there = plan.pairs - sum(map(plan.count, pairplan.missing_files(plan)))
+            tracker.log(there, made)
+            _show_pictures(tracker, there, workdir / "samples")
 
 
 def _pair_boundaries(config, workdir, model, teacher):
@@ -479,8 +487,7 @@ def _evaluate_checkpoint(config, flow, params, step: int, features, folder, trac
     named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
     tracking.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
     tracker.log(step, values)
-    for picture in sorted(folder.glob("*.png")):
-        tracker.picture(step, picture.stem, picture)
+    _show_pictures(tracker, step, folder)
 
 
 def _settings(config, flow, params, network) -> dict:

@@ -95,6 +95,8 @@ def test_pairs_are_what_their_manifest_says(workdir):
     assert pairs.k == 2
     expanded = checkpoints.load_weights(workdir / "1_rf", reflow_config())
     assert pairs.manifest["teacher"] == reflow.fingerprint(expanded.ema_params)
+    assert (workdir / "samples" / "pairs.png").stat().st_size > 1000
+    assert list((workdir / "wandb").glob("*/files/media/images/pairs_64_*.png"))
     assert teacher.step == 6
 
 
