@@ -20,13 +20,13 @@ import numpy as np
 import tqdm
 from flax import jax_utils
 
-import pairfiles
-import pairplan
 import sampling
 import utils
 from adaptive import adaptive_boundaries
-from pairplan import PairPlan, claim_plan, plan_pairs, read_manifest
-from pairs import PairSet, count_of_file, images_of_file
+from pairs import npz
+from pairs import plan as pairplan
+from pairs.plan import PairPlan, claim_plan, plan_pairs, read_manifest
+from pairs.reader import PairSet, count_of_file, images_of_file
 from utils import InputError
 
 __all__ = [
@@ -150,7 +150,7 @@ def _prepared(plan, share):
     """The files of the share that are to be made; those that are there but broken are removed."""
     manifest = pairplan.begin_manifest(plan, {})
     faults = {number: fault for number in share if (fault := _fault(plan, manifest, number))}
-    broken = [number for number, fault in faults.items() if isinstance(fault, pairfiles.BrokenFile)]
+    broken = [number for number, fault in faults.items() if isinstance(fault, npz.BrokenFile)]
     for number in broken:
         logger.warning("%s", faults[number])
     if faults:
@@ -163,7 +163,7 @@ def _fault(plan, manifest, number):
     """Why the file is to be made; None if it is there as it should be."""
     try:
         count_of_file(plan.folder, manifest, number)
-    except (pairfiles.MissingFile, pairfiles.BrokenFile) as fault:
+    except (npz.MissingFile, npz.BrokenFile) as fault:
         return fault
     return None
 
@@ -174,7 +174,7 @@ def _wait_for_hosts(plan, awaited):
     JAX ends all hosts soon after the first has left. Looking for the files needs no collective with its time limit.
     """
     while awaited:
-        manifest, there = read_manifest(plan.folder), pairfiles.pair_file_numbers(plan.folder)
+        manifest, there = read_manifest(plan.folder), npz.pair_file_numbers(plan.folder)
         awaited -= {number for number in awaited.intersection(there) if not _fault(plan, manifest, number)}
         if awaited:
             time.sleep(POLL_SECONDS)
@@ -193,7 +193,7 @@ class _Share:
 
     def take(self):
         """The next file's number, None at the end; and those of the files that somebody else has made meanwhile."""
-        there = set(pairfiles.pair_file_numbers(self._plan.folder))
+        there = set(npz.pair_file_numbers(self._plan.folder))
         made = [number for number in self._left if number in there]
         self._left = [number for number in self._left if number not in there]
         self.shared |= bool(made)
@@ -222,13 +222,11 @@ class _FileInWork:
         starts = {"x1": self.x1}
         if not plan.store_noise:
             starts = {name: getattr(layout, name) for name in ("image", "flip", "key")}
-            starts["x1_crc"] = pairfiles.crc_of_rows(self.x1)
+            starts["x1_crc"] = npz.crc_of_rows(self.x1)
         # Where a manifest cannot be claimed, another worker's may have replaced it: files of two sets must not mix.
         pairplan.begin_manifest(plan, {})
         try:
-            return pairfiles.write_pairs(
-                plan.path(self.number), {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1}
-            )
+            return npz.write_pairs(plan.path(self.number), {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1})
         except FileNotFoundError:
             # Another worker made the same file, completed the set and cleared away what was not finished.
             if not plan.path(self.number).exists():
@@ -405,14 +403,14 @@ def draw_pairs(path, x0, x1, segment, plan: PairPlan) -> None:
             ax.imshow(utils.image_grid((unit + 1) / 2 if plan.centered else unit))
             ax.set_title(f"segment {index}, {name}: t = {time_:.3g}")
             ax.set_axis_off()
-    with utils.atomic_path(path) as temporary, pairfiles.durable_file(temporary) as file:
+    with utils.atomic_path(path) as temporary, npz.durable_file(temporary) as file:
         figure.savefig(file, format="png", dpi=100)
 
 
 def _refuse_small_disk(plan):
     """Says at once that the disk is too small, where that can be told."""
     needed = sum(map(plan.file_bytes, pairplan.missing_files(plan)))
-    if pairfiles.is_local(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
+    if npz.is_local(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
         raise InputError(
             f"the disk of {plan.folder} has {free:,} bytes free, the pairs that are not there need {needed:,}; make "
             "room, make fewer pairs, or use training.reflow_dtype=float16 or training.reflow_store_noise=False"
@@ -423,7 +421,7 @@ def _refuse_small_disk(plan):
 def _disk_errors_named(plan):
     """One line for a disk that fills or cannot be written."""
     try:
-        with pairfiles.os_errors():
+        with npz.os_errors():
             yield
     except OSError as error:
         if error.errno in FULL_DISK:

@@ -19,17 +19,17 @@ import adaptive
 import checkpoints
 import datasets
 import evaluation
+import figures
 import losses
-import measurement
 import models
-import pairplan
-import pictures
 import reflow
+import sampler
 import segments
 import sources
 import tfgan_compat
 import tracking
 from configs.check import check_batches, check_config, check_steps, segments_of
+from pairs import plan as pairplan
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
@@ -133,7 +133,7 @@ class _Run:
     config: Any
     folder: epath.Path
     model: Any
-    flow: measurement.Flow
+    flow: sampler.Flow
     info: dict
     kept: checkpoints.RunCheckpoints
     tracker: tracking.Tracker
@@ -284,26 +284,26 @@ def _show(run: _Run, state: losses.TrainState):
     if jax.process_index() or not config.training.snapshot_sampling:
         return
     flow, params, centered = run.flow, state.ema_params, config.data.centered
-    flow = measurement.with_time_grid(flow, params, config.sampling.time_grid)
+    flow = sampler.with_time_grid(flow, params, config.sampling.time_grid)
     count, size = config.training.snapshot_fid_sample, config.eval.batch_size
     if run.features:
         network, real = run.features
-        quality, images = measurement.sample_quality(
+        quality, images = sampler.sample_quality(
             flow, params, count, size, network=network, real=real, centered=centered
         )
         run.tracker.log(step, quality)
         run.tracker.flush()
     else:
-        images = next(measurement.samples(flow, params, SHOWN_IMAGES, SHOWN_IMAGES, measurement.Cost()))
+        images = next(sampler.samples(flow, params, SHOWN_IMAGES, SHOWN_IMAGES, sampler.Cost()))
         images = datasets.unscale(images, centered)
-    pictures.draw_images(_picture_of(run.folder, step), images[:SHOWN_IMAGES])
+    figures.draw_images(_picture_of(run.folder, step), images[:SHOWN_IMAGES])
     run.tracker.picture(step, "samples", _picture_of(run.folder, step))
 
 
 def _draw_losses(run):
     lines = [line for line in run.tracker.history if "loss" in line]
     if lines:
-        pictures.draw_loss(run.folder / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
+        figures.draw_loss(run.folder / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
 
 
 def _optimizer(config):
@@ -326,14 +326,14 @@ def _is_abstract(tree):
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _flow(config, model, boundaries) -> measurement.Flow:
+def _flow(config, model, boundaries) -> sampler.Flow:
     """How the configuration's `sampling` section samples a network."""
     sampling_settings = config.sampling
     options = {"method": "ode", "tol": sampling_settings.tol, "solver": sampling_settings.solver}
     options["error_norm"] = sampling_settings.error_norm
     if sampling_settings.method == "pc":
         options = {"method": "pc", "predictor": sampling_settings.predictor, "num_scales": config.model.num_scales}
-    return measurement.Flow(
+    return sampler.Flow(
         model=model,
         boundaries=np.asarray(boundaries, np.float32),
         image_shape=sources.image_shape(config),
@@ -432,7 +432,7 @@ def _pair_boundaries(config, workdir, model, teacher):
     if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
     flow = _flow(config, model, segments.uniform_boundaries(k))
-    division = adaptive.best_division(measurement.fine_distances(flow, teacher), k)
+    division = adaptive.best_division(sampler.fine_distances(flow, teacher), k)
     logger.info(
         "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", division.boundaries, division.cost, division.uniform_cost
     )
@@ -534,16 +534,16 @@ def _measured_boundaries(config, flow):
 def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
     """All numbers of one checkpoint; its pictures and curves go into `folder`."""
     centered = config.data.centered
-    flow = measurement.with_time_grid(flow, params, config.sampling.time_grid)
+    flow = sampler.with_time_grid(flow, params, config.sampling.time_grid)
     batch_size = config.eval.batch_size
     measured = _measured_boundaries(config, flow)
-    shape = measurement.flow_shape(flow, params, measured, config.eval.straightness_samples, batch_size)
-    quality, images = measurement.sample_quality(
+    shape = sampler.flow_shape(flow, params, measured, config.eval.straightness_samples, batch_size)
+    quality, images = sampler.sample_quality(
         flow, params, config.eval.num_samples, batch_size, network=network, real=real, centered=centered
     )
-    pictures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
+    figures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
     curves = {"straightness": shape.curve, "sequential straightness": shape.sequential_curve}
-    pictures.draw_straightness(folder / "straightness.png", shape.ts, curves, measured)
+    figures.draw_straightness(folder / "straightness.png", shape.ts, curves, measured)
     tracking.write_arrays(
         folder / "straightness.npz",
         ts=shape.ts,
@@ -552,9 +552,9 @@ def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
         boundaries=measured,
     )
     if config.eval.save_trajectory:
-        ts, xs = measurement.trajectory(flow, params, min(batch_size, SHOWN_IMAGES))
+        ts, xs = sampler.trajectory(flow, params, min(batch_size, SHOWN_IMAGES))
         tracking.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
-        pictures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, centered))
+        figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, centered))
     return {
         **quality,
         "straightness": shape.straightness,

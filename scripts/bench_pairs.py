@@ -27,12 +27,12 @@ from flax import jax_utils
 
 import datasets
 import models
-import pairfiles
-import pairplan
 import reflow
 import sampling
 import segments
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
+from pairs import npz
+from pairs import plan as pairplan
 
 PARTS = ["reading", "writing", "memory", "generation"]
 PAIRS, SHAPE, BATCH, RUNS, ROUNDS = 10_000, (32, 32, 3), 512, 7, 4
@@ -120,7 +120,7 @@ def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
     """Reading and writing."""
     arrays = cifar_pairs()
     size = sum(array.nbytes for array in arrays.values())
-    path, compressed = folder / "set" / pairfiles.file_name(1), folder / "compressed.npz"
+    path, compressed = folder / "set" / npz.file_name(1), folder / "compressed.npz"
     plan = plan_of(
         path.parent,
         boundaries=segments.uniform_boundaries(1),
@@ -131,7 +131,7 @@ def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
         dataset_size=PAIRS,
     )
     pairplan.begin_manifest(plan, {})
-    write = median_seconds(lambda: pairfiles.write_pairs(path, arrays))
+    write = median_seconds(lambda: npz.write_pairs(path, arrays))
     pairplan.complete_manifest(plan)
     write_compressed = median_seconds(lambda: np.savez_compressed(compressed, **arrays))
     if "writing" in parts:
@@ -179,11 +179,11 @@ def peak_memory_of_reader(folder: str, batches: str) -> None:
 def bench_memory(report: Report, folder: Path) -> None:
     """Peak memory of readers in processes of their own; the large set is one file under many names."""
     arrays, peaks = cifar_pairs(), {}
-    first = folder / "memory_1" / pairfiles.file_name(1)
-    pairfiles.write_pairs(first, arrays)
+    first = folder / "memory_1" / npz.file_name(1)
+    npz.write_pairs(first, arrays)
     (folder / "memory_20").mkdir()
     for number in range(1, 21):
-        os.link(first, folder / "memory_20" / pairfiles.file_name(number))
+        os.link(first, folder / "memory_20" / npz.file_name(number))
     for files in (1, 20):
         command = [sys.executable, __file__, "--reader", str(folder / f"memory_{files}"), "400"]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -15,9 +15,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
-import pairfiles
-import pairplan
-import pairs
+from pairs import npz, reader
+from pairs import plan as pairplan
 from utils import InputError
 
 
@@ -28,12 +27,12 @@ def check_file(folder: epath.Path, manifest: dict | None, number: int) -> None:
       InputError: it cannot be read.
       BrokenFile: it is not what was written.
     """
-    with pairfiles.PairFile(folder / pairfiles.file_name(number)) as file:
+    with npz.PairFile(folder / npz.file_name(number)) as file:
         file.check_crc()
         if manifest:
-            pairs.segment_of_pairs(file, np.asarray(manifest["boundaries"], np.float32))
+            reader.segment_of_pairs(file, np.asarray(manifest["boundaries"], np.float32))
     if manifest:
-        pairs.count_of_file(folder, manifest, number)
+        reader.count_of_file(folder, manifest, number)
 
 
 def problems(folder: epath.Path, manifest: dict | None, numbers: list[int]) -> dict[int, InputError]:
@@ -55,7 +54,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder
     try:
-        manifest, numbers = pairplan.read_manifest(folder), pairfiles.pair_file_numbers(folder)
+        manifest, numbers = pairplan.read_manifest(folder), npz.pair_file_numbers(folder)
     except InputError as error:
         print(error)
         return 2
@@ -63,12 +62,12 @@ def main() -> int:
         print(f"there are no pairs in {folder}")
         return 2
     found = problems(folder, manifest, numbers)
-    broken = [number for number, error in found.items() if isinstance(error, pairfiles.BrokenFile)]
+    broken = [number for number, error in found.items() if isinstance(error, npz.BrokenFile)]
     missing = sorted(set(range(1, manifest["files"] + 1)) - set(numbers)) if manifest else []
     for error in found.values():
         print(error)
     for number in missing:
-        print(f"{folder / pairfiles.file_name(number)} is missing; gen_reflow makes it")
+        print(f"{folder / npz.file_name(number)} is missing; gen_reflow makes it")
     completed = manifest is None or manifest["complete"]
     if not completed:
         print(f"{folder} was not completed; gen_reflow does that")
@@ -80,7 +79,7 @@ def main() -> int:
         print("nothing is removed: without a manifest no run of gen_reflow could make these files again")
         return 1
     try:
-        with pairfiles.os_errors():
+        with npz.os_errors():
             pairplan.reopen_set(folder, broken)
     except OSError as error:
         print(f"{folder} cannot be changed: {error}; repair it where it can be written")

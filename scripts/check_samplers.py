@@ -22,8 +22,8 @@ from bench_sampling import scipy_solve
 
 import adaptive
 import checkpoints
-import measurement
 import models
+import sampler
 import sampling
 import segments
 from configs.rf import digits_rf_continuous
@@ -58,12 +58,12 @@ def check_solver(velocity, z, k: int) -> bool:
     return good
 
 
-def check_adaptive(flow: measurement.Flow, params, distances, k: int) -> bool:
+def check_adaptive(flow: sampler.Flow, params, distances, k: int) -> bool:
     """Prints both sequential straightnesses on noises that the boundaries were not chosen on; True if it fell."""
     division = adaptive.best_division(distances, k)
-    others = measurement.Flow(flow.model, flow.boundaries, flow.image_shape, flow.options, flow.seed + 1)
+    others = sampler.Flow(flow.model, flow.boundaries, flow.image_shape, flow.options, flow.seed + 1)
     shapes = {
-        name: measurement.flow_shape(others, params, boundaries, NOISES, NOISES).sequential_straightness
+        name: sampler.flow_shape(others, params, boundaries, NOISES, NOISES).sequential_straightness
         for name, boundaries in (("uniform", segments.uniform_boundaries(k)), ("adaptive", division.boundaries))
     }
     good = shapes["adaptive"] <= shapes["uniform"]
@@ -89,8 +89,8 @@ def main() -> int:
     z = np.random.default_rng(0).standard_normal((IMAGES, *shape), np.float32)
     good = [check_solver(models.velocity_fn(model, params), z, 1)]
     options = {"method": "ode", "tol": 1e-4, "solver": "dopri5", "error_norm": "batch"}
-    flow = measurement.Flow(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
-    distances = measurement.fine_distances(flow, params)
+    flow = sampler.Flow(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
+    distances = sampler.fine_distances(flow, params)
     good += [check_adaptive(flow, params, distances, k) for k in (2, 4)]
     # The same weights in every segment of a network with two heads: segments change where the solver starts anew.
     config.training.reflow_t = 2

@@ -105,7 +105,7 @@ def main() -> int:
         sys.exit(
             f"error: no <eval_folder>/step_<step>/metrics.json in {options.workdir}; run main.py --mode=eval first"
         )
-    import pictures
+    import figures
 
     fid = fid_name(metrics)
     print(table(metrics, fid))
@@ -115,7 +115,7 @@ def main() -> int:
         nfe, values = curves.setdefault(name, ([], []))
         nfe.append(entry["nfe"])
         values.append(entry[fid])
-    pictures.draw_quality(options.workdir / "fid_against_nfe.png", curves, fid)
+    figures.draw_quality(options.workdir / "fid_against_nfe.png", curves, fid)
     (options.workdir / "report.md").write_text(table(metrics, fid) + "\n")
     print(f"\nfigure: {options.workdir / 'fid_against_nfe.png'}")
     if not options.check:

@@ -19,11 +19,10 @@ import numpy as np
 import pair_maker
 import pytest
 
-import pairfiles
-import pairplan
-import pairs
 import reflow
 import segments
+from pairs import npz
+from pairs import plan as pairplan
 from utils import InputError
 
 CHECK_PAIRS = pathlib.Path(__file__).parents[1] / "scripts" / "check_pairs.py"
@@ -113,12 +112,12 @@ def test_every_epoch_has_every_pair_once_in_another_order(whole_set):
 
 def test_the_shuffle_mixes_files_and_pairs(whole_set):
     place = {}
-    for number in pairfiles.pair_file_numbers(whole_set):
-        for row, x1 in enumerate(np.load(whole_set / pairfiles.file_name(number))["x1"]):
+    for number in npz.pair_file_numbers(whole_set):
+        for row, x1 in enumerate(np.load(whole_set / npz.file_name(number))["x1"]):
             place[x1.tobytes()] = (number, row)
     order = [place[name] for name in names_of(stream(whole_set, 1, 174, seed=0))]
     files = np.array([number for number, _ in order])
-    assert len(set(files[:48])) == pairs.GROUP_FILES
+    assert len(set(files[:48])) == reader.GROUP_FILES
     assert np.mean(np.diff(files) != 0) > 0.6  # 3/4 if neighbours are independent
     assert abs(np.corrcoef(np.arange(48), [row for _, row in order[:48]])[0, 1]) < 0.5
 
@@ -136,11 +135,11 @@ def test_hosts_share_the_stream_that_one_host_reads(whole_set, hosts):
 
 def test_any_batch_can_be_the_first_and_few_files_are_read_for_it(whole_set, monkeypatch):
     order = stream(whole_set, 31, 20, seed=2)
-    check, read = pairfiles.PairFile.check_crc, set()
-    monkeypatch.setattr(pairfiles.PairFile, "check_crc", lambda self: (read.add(self.path.name), check(self))[1])
+    check, read = npz.PairFile.check_crc, set()
+    monkeypatch.setattr(npz.PairFile, "check_crc", lambda self: (read.add(self.path.name), check(self))[1])
     for name, array in stream(whole_set, 1, 20, seed=2, start=30)[0].items():
         np.testing.assert_array_equal(array, order[30][name])
-    assert len(read) <= 3 * pairs.GROUP_FILES  # of this batch, of those made ahead, of the group after them
+    assert len(read) <= 3 * reader.GROUP_FILES  # of this batch, of those made ahead, of the group after them
     far = stream(whole_set, 1, 20, seed=2, start=10**9)[0]
     assert set(names_of([far])) <= set(names_of(order))
 
@@ -160,7 +159,7 @@ def test_few_files_are_open_and_none_after_the_end(whole_set):
         iterator = reflow.PairSet(whole_set).batches(10, seed=0)
         for _ in range(40):
             next(iterator)
-            assert open_files() <= 3 * pairs.GROUP_FILES
+            assert open_files() <= 3 * reader.GROUP_FILES
             # One opens files, one makes batches, and up to two for each group of open files read their rows.
             assert 2 <= len(threads()) <= 6
         if end == "close":
@@ -224,8 +223,8 @@ def test_what_a_bucket_refuses_is_one_line(copied_set, monkeypatch):
     tensorflow = pytest.importorskip("tensorflow")
     with pytest.raises(InputError, match=r"there are no pairs in gs://bucket/nowhere"):
         reflow.PairSet("gs://bucket/nowhere")
-    with pytest.raises(pairfiles.MissingFile, match=r"gs://bucket/p/none\.npz is missing"):
-        pairfiles.PairFile("gs://bucket/p/none.npz")
+    with pytest.raises(npz.MissingFile, match=r"gs://bucket/p/none\.npz is missing"):
+        npz.PairFile("gs://bucket/p/none.npz")
     cut(copied_set / "reflow_batch_4.npz")
     with pytest.raises(InputError, match=r"gs://bucket/p/reflow_batch_4\.npz is broken"):
         reflow.PairSet("gs://bucket/p")
@@ -555,20 +554,20 @@ def test_repair_removes_nothing_that_cannot_be_made_again(copied_set, tmp_path, 
 
 
 def test_files_larger_than_a_checksum_block_are_checked_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairfiles, "CRC_BLOCK", 1000)
+    monkeypatch.setattr(npz, "CRC_BLOCK", 1000)
     arrays = {name: np.random.default_rng(0).standard_normal((30, 4, 4, 3)).astype(np.float32) for name in ("x0", "x1")}
     times = {"t0": np.zeros(30, np.float32), "t1": np.ones(30, np.float32)}
     path = tmp_path / "reflow_batch_1.npz"
-    pairfiles.write_pairs(path, arrays | times)
+    npz.write_pairs(path, arrays | times)
     first = path.read_bytes()
-    with pairfiles.PairFile(path) as file:
+    with npz.PairFile(path) as file:
         file.check_crc()
         assert struct.pack("<I", file.crc32["x1"]) in first
         np.testing.assert_array_equal(file.array("x1"), arrays["x1"])
-    assert pairfiles.write_pairs(tmp_path / "again.npz", arrays | times)
+    assert npz.write_pairs(tmp_path / "again.npz", arrays | times)
     assert (tmp_path / "again.npz").read_bytes() == first  # no time of day in it
-    assert not pairfiles.write_pairs(path, arrays)  # a file that is there stays
+    assert not npz.write_pairs(path, arrays)  # a file that is there stays
     assert path.read_bytes() == first
     flip_byte(path, "x1")
-    with pairfiles.PairFile(path) as file, pytest.raises(pairfiles.BrokenFile, match=r"x1\.npy has changed"):
+    with npz.PairFile(path) as file, pytest.raises(npz.BrokenFile, match=r"x1\.npy has changed"):
         file.check_crc()

@@ -22,10 +22,10 @@ import pair_maker
 import pytest
 from scipy.integrate import solve_ivp
 
-import pairfiles
-import pairplan
 import reflow
 import segments
+from pairs import npz
+from pairs import plan as pairplan
 from utils import InputError
 
 
@@ -236,11 +236,11 @@ def test_a_wrong_file_does_not_become_the_right_one_by_running_again(whole_set, 
     shutil.copytree(whole_set, folder)
     shutil.copy(other_set / "reflow_batch_2.npz", folder)
     manifest = (folder / "manifest.json").read_bytes()
-    with pytest.raises(pairfiles.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those.*--repair"):
+    with pytest.raises(npz.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those.*--repair"):
         pair_maker.generate(folder, worker=(1, 2))  # which has nothing to do
     assert (folder / "manifest.json").read_bytes() == manifest
     (folder / "reflow_batch_3.npz").unlink()
-    with pytest.raises(pairfiles.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those"):
+    with pytest.raises(npz.BrokenFile, match=r"reflow_batch_2\.npz is broken: .*not those"):
         pair_maker.generate(folder, worker=(1, 2))  # which makes a file, and would complete the set
     assert not json.loads((folder / "manifest.json").read_text())["complete"]
     assert pair_maker.generate(folder, worker=(2, 2)).files == 1
@@ -281,7 +281,7 @@ def test_a_file_that_somebody_else_has_made_by_now_stays(whole_set, other_set, t
     assert read == [1, 2, 3, 5]
     assert (summary.files, summary.pairs, summary.complete) == (4, 48, True)
     for number in range(1, 6):
-        name, made_by = pairfiles.file_name(number), other_set if number in (3, 4) else whole_set
+        name, made_by = npz.file_name(number), other_set if number in (3, 4) else whole_set
         assert (folder / name).read_bytes() == (made_by / name).read_bytes()
     assert len(reflow.PairSet(folder)) == 60
 
@@ -389,7 +389,7 @@ def test_a_host_waits_until_the_files_of_the_others_are_whole(whole_set, other_s
             time.sleep(0.2)
             assert not waiting.done()
             pairplan.reopen_set(folder, [number])
-            shutil.copy(whole_set / pairfiles.file_name(number), folder)
+            shutil.copy(whole_set / npz.file_name(number), folder)
         waiting.result(timeout=60)
 
 
@@ -400,7 +400,7 @@ def test_twenty_kills_leave_the_same_set(tmp_path):
     chance, killed, folder = random.Random(0), 0, tmp_path / "0"
 
     def files():
-        return len(pairfiles.pair_file_numbers(folder))
+        return len(npz.pair_file_numbers(folder))
 
     while killed < 20:
         workers, before = [pair_maker.process(folder=folder, worker=(i, 2), **many) for i in (1, 2)], files()
@@ -550,7 +550,7 @@ def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeyp
 
     monkeypatch.setattr(reflow, "_dispatched_ahead", counted)
     monkeypatch.setattr(reflow, "draw_pairs", lambda *_: None)
-    monkeypatch.setattr(pairfiles, "write_pairs", fail)
+    monkeypatch.setattr(npz, "write_pairs", fail)
     with pytest.raises(InputError, match="is full"):
         pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)  # 150 groups a file
     assert 150 <= len(solved) < 225

@@ -208,7 +208,7 @@ def test_snapshots_are_measured_and_too_few_samples_refused_before_training(tmp_
 
 def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr("segments.FINE_STEPS", 100)
-    monkeypatch.setattr("measurement.FINE_NOISES", 16)
+    monkeypatch.setattr("sampler.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
     manifest = reflow.read_manifest(tmp_path / sources.PAIRS)

@@ -65,10 +65,10 @@ def test_json_has_no_nan(tmp_path):
 def test_grid_helper_is_what_pictures_show(tmp_path):
     from PIL import Image
 
-    import pictures
+    import figures
 
     images = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
-    pictures.draw_images(tmp_path / "grid.png", images)
+    figures.draw_images(tmp_path / "grid.png", images)
     shown = np.asarray(Image.open(tmp_path / "grid.png"))
     grid = image_grid(images)
     zoom = shown.shape[0] // grid.shape[0]

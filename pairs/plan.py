@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8, UInt32
 
-import pairfiles
 import segments
+from pairs import npz
 from utils import InputError, atomic_path
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ class PairPlan:
 
     def path(self, number: int) -> epath.Path:
         """Where file `number` is."""
-        return self.folder / pairfiles.file_name(number)
+        return self.folder / npz.file_name(number)
 
     def file_bytes(self, number: int) -> int:
         """The room that file `number` takes, at most."""
@@ -199,7 +199,7 @@ def read_manifest(folder) -> dict | None:
     """
     path = epath.Path(folder) / MANIFEST
     try:
-        with pairfiles.os_errors():
+        with npz.os_errors():
             if not path.exists():
                 return None
             manifest = json.loads(path.read_text())
@@ -260,7 +260,7 @@ def _as_bytes(manifest: dict) -> bytes:
 
 def write_manifest(folder, manifest: dict) -> None:
     """Writes the manifest of the set in `folder`, whole or not at all."""
-    with atomic_path(epath.Path(folder) / MANIFEST) as temporary, pairfiles.durable_file(temporary) as file:
+    with atomic_path(epath.Path(folder) / MANIFEST) as temporary, npz.durable_file(temporary) as file:
         file.write(_as_bytes(manifest))
 
 
@@ -302,20 +302,20 @@ def claim_plan(plan: PairPlan, extra: dict) -> PairPlan:
 
 def _begun_manifest(plan, extra):
     """The manifest in the folder; if there is none this plan's is written, unless another worker is faster."""
-    there = pairfiles.pair_file_numbers(plan.folder)  # before the manifest, which another worker may be writing now
+    there = npz.pair_file_numbers(plan.folder)  # before the manifest, which another worker may be writing now
     manifest = read_manifest(plan.folder)
     if manifest is not None:
         return manifest
     if there:
         raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
     first = {"complete": False} | plan.definition() | extra
-    pairfiles.write_new(plan.folder / MANIFEST, lambda file: file.write(_as_bytes(first)))
+    npz.write_new(plan.folder / MANIFEST, lambda file: file.write(_as_bytes(first)))
     return read_manifest(plan.folder)
 
 
 def missing_files(plan: PairPlan) -> list[int]:
     """The numbers of the planned files that are not there."""
-    there = set(pairfiles.pair_file_numbers(plan.folder))
+    there = set(npz.pair_file_numbers(plan.folder))
     return [number for number in range(1, plan.files + 1) if number not in there]
 
 
@@ -328,11 +328,11 @@ def reopen_set(folder, broken: list[int]) -> None:
     """
     folder = epath.Path(folder)
     for number in broken:
-        (folder / pairfiles.file_name(number)).unlink(missing_ok=True)
+        (folder / npz.file_name(number)).unlink(missing_ok=True)
     manifest = read_manifest(folder)
     reopened = manifest | {"complete": False}
     if "contents" in manifest:
-        there = set(map(pairfiles.file_name, pairfiles.pair_file_numbers(folder)))
+        there = set(map(npz.file_name, npz.pair_file_numbers(folder)))
         reopened["contents"] = {name: what for name, what in manifest["contents"].items() if name in there}
     if reopened != manifest:
         write_manifest(folder, reopened)
@@ -351,7 +351,7 @@ def complete_manifest(plan: PairPlan) -> dict | None:
         return None
     begun, contents = begin_manifest(plan, {}), {}
     for number in range(1, plan.files + 1):
-        with pairfiles.PairFile(plan.path(number)) as file:
+        with npz.PairFile(plan.path(number)) as file:
             contents[file.path.name] = found = {"bytes": file.size, "crc32": file.crc32}
             if begun.get("contents", {}).get(file.path.name, found) != found:
                 raise file.broken(f"its bytes and checksums are not those that {MANIFEST} has of it")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import adaptive
-import measurement
 import models
+import sampler
 import sampling
 import segments
 from utils import InputError
@@ -86,7 +86,7 @@ def slopes(pieces, heads=1, seed=0):
 
 
 def flow_of(model, options, boundaries=(1.0, 0.0)):
-    return measurement.Flow(model=model, boundaries=np.float32(boundaries), image_shape=SHAPE, options=options, seed=3)
+    return sampler.Flow(model=model, boundaries=np.float32(boundaries), image_shape=SHAPE, options=options, seed=3)
 
 
 def direct(flow, params, **options):
@@ -97,8 +97,8 @@ def direct(flow, params, **options):
 
 
 def sampled(flow, params, count, batch_size):
-    cost = measurement.Cost()
-    return list(measurement.samples(flow, params, count, batch_size, cost)), cost.summary()
+    cost = sampler.Cost()
+    return list(sampler.samples(flow, params, count, batch_size, cost)), cost.summary()
 
 
 def test_two_devices_share_every_batch_in_these_tests():
@@ -148,7 +148,7 @@ def test_nfe_of_images_with_their_own_steps_is_their_mean_and_maximum():
 
 
 def test_cost_adds_up_batches():
-    cost = measurement.Cost()
+    cost = sampler.Cost()
     for nfe, seconds in (([4, 6], 1.0), ([8, 8], 2.0)):
         each = np.repeat(np.array(nfe)[:, None], 3, axis=1)
         cost.add(sampling.Samples(x=None, nfe=np.array(nfe), nfe_each=each), images=6, seconds=seconds)
@@ -156,13 +156,13 @@ def test_cost_adds_up_batches():
 
 
 def test_samples_that_are_not_finite_are_refused(monkeypatch):
-    monkeypatch.setattr(measurement, "EXACT", EULER | {"num_scales": 16})  # compiles faster
+    monkeypatch.setattr(sampler, "EXACT", EULER | {"num_scales": 16})  # compiles faster
     flow = flow_of(Gaussian(), EULER)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, GAUSSIAN)
     with pytest.raises(InputError, match=r"samples are not finite .*raise sampling\.tol"):
         sampled(flow, broken, 2, 2)
     with pytest.raises(InputError, match=r"samples are not finite .*raise sampling\.tol"):
-        measurement.flow_shape(flow, broken, UNEVEN, 2, 2)
+        sampler.flow_shape(flow, broken, UNEVEN, 2, 2)
 
 
 def exact_flow(z):
@@ -175,7 +175,7 @@ def exact_flow(z):
 def test_flow_shape_is_that_of_direct_solves(options):
     # 9 noises in batches of 4, two on each device: three whole batches.
     flow, measured = flow_of(Gaussian(), options, UNEVEN), np.float32([1.0, 0.45, 0.0])
-    shape = measurement.flow_shape(flow, GAUSSIAN, measured, count=9, batch_size=4)
+    shape = sampler.flow_shape(flow, GAUSSIAN, measured, count=9, batch_size=4)
     solve, straightness = direct(flow, GAUSSIAN, save_trajectory=True), jax.jit(sampling.straightness)
     runs = [solve([n, n + 1]) for n in range(0, 12, 2)]
     each = [straightness(run.ts, run.xs, measured) for run in runs]
@@ -192,11 +192,11 @@ def test_flow_shape_is_that_of_direct_solves(options):
 
 
 def test_flow_shape_in_small_pieces_of_memory_is_the_same(monkeypatch):
-    monkeypatch.setattr(measurement, "EXACT", EULER | {"num_scales": 16})  # compiles faster
+    monkeypatch.setattr(sampler, "EXACT", EULER | {"num_scales": 16})  # compiles faster
     flow = flow_of(Gaussian(), EULER, UNEVEN)
-    whole = measurement.flow_shape(flow, GAUSSIAN, UNEVEN, count=8, batch_size=8)
-    monkeypatch.setattr(measurement, "TRAJECTORY_BYTES", 1)
-    pieces = measurement.flow_shape(flow, GAUSSIAN, UNEVEN, count=8, batch_size=8)
+    whole = sampler.flow_shape(flow, GAUSSIAN, UNEVEN, count=8, batch_size=8)
+    monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", 1)
+    pieces = sampler.flow_shape(flow, GAUSSIAN, UNEVEN, count=8, batch_size=8)
     assert pieces.straightness == pytest.approx(whole.straightness, rel=1e-5)
     assert pieces.truncation_error == pytest.approx(whole.truncation_error, rel=1e-4)
 
@@ -204,13 +204,13 @@ def test_flow_shape_in_small_pieces_of_memory_is_the_same(monkeypatch):
 def test_a_flow_that_cannot_be_solved_exactly_is_told_with_the_remedy():
     flow = flow_of(Explosive(), EULER | {"num_scales": 1})
     with pytest.raises(InputError, match=r"truncation error cannot be measured.*evaluate a checkpoint"):
-        measurement.flow_shape(flow, {}, [1.0, 0.0], 2, 2)
+        sampler.flow_shape(flow, {}, [1.0, 0.0], 2, 2)
 
 
 @pytest.mark.parametrize("options", [EULER, ODE], ids=["euler", "ode"])
 def test_trajectory_is_that_of_a_direct_solve(options):
     flow = flow_of(Gaussian(), options, UNEVEN)
-    ts, xs = measurement.trajectory(flow, GAUSSIAN, 3)
+    ts, xs = sampler.trajectory(flow, GAUSSIAN, 3)
     run = direct(flow, GAUSSIAN, save_trajectory=True)(range(4))
     np.testing.assert_array_equal(ts, run.ts)
     assert xs.shape == (len(ts), 3, *SHAPE)
@@ -220,29 +220,29 @@ def test_trajectory_is_that_of_a_direct_solve(options):
 
 def test_trajectory_has_as_many_images_as_fit(monkeypatch):
     flow = flow_of(Gaussian(), EULER)
-    _, xs = measurement.trajectory(flow, GAUSSIAN, 64)
+    _, xs = sampler.trajectory(flow, GAUSSIAN, 64)
     assert xs.shape == (9, 64, *SHAPE)
     states = sampling.TRAJECTORY_POINTS + 2
-    monkeypatch.setattr(measurement, "TRAJECTORY_BYTES", 3 * 4 * states * math.prod(SHAPE))
-    _, fewer = measurement.trajectory(flow, GAUSSIAN, 64)
+    monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", 3 * 4 * states * math.prod(SHAPE))
+    _, fewer = sampler.trajectory(flow, GAUSSIAN, 64)
     assert fewer.shape == (9, 6, *SHAPE)
     np.testing.assert_allclose(fewer, xs[:, :6], atol=1e-6)
-    monkeypatch.setattr(measurement, "TRAJECTORY_BYTES", 1 << 40)
+    monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", 1 << 40)
     monkeypatch.setattr(sampling, "trajectory_room", lambda: 1)
     with pytest.raises(InputError, match="GB"):  # not even one image
-        measurement.trajectory(flow_of(Gaussian(), EULER), GAUSSIAN, 64)
+        sampler.trajectory(flow_of(Gaussian(), EULER), GAUSSIAN, 64)
 
 
 # --- fine trajectories and time grids ---------------------------------------------------------------------------------
 
 
 def test_a_kink_is_found_where_it_is_whatever_the_segments_are(monkeypatch):
-    monkeypatch.setattr(measurement, "FINE_NOISES", 4)
+    monkeypatch.setattr(sampler, "FINE_NOISES", 4)
     for boundaries in (UNEVEN, segments.uniform_boundaries(3), [1.0, 0.01, 0.0], [1.0, 0.0]):
         heads = len(boundaries) - 1
         flow = flow_of(Pieces((0.62,), heads), EULER, boundaries)
         params = {"slopes": np.repeat(slopes(2)["slopes"], heads, axis=1)}  # all heads alike
-        distances = measurement.fine_distances(flow, params)
+        distances = sampler.fine_distances(flow, params)
         assert distances.shape == (501, 501)
         division = adaptive.best_division(distances, 2)
         np.testing.assert_allclose(division.boundaries, [1.0, 0.62, 0.0], atol=1e-6)
@@ -251,23 +251,23 @@ def test_a_kink_is_found_where_it_is_whatever_the_segments_are(monkeypatch):
 
 def test_fine_states_are_uniform_in_time_and_every_segment_has_its_head(monkeypatch):
     # A third is on no fine step: its step is split, and its state is not among those compared.
-    monkeypatch.setattr(measurement, "FINE_NOISES", 4)
+    monkeypatch.setattr(sampler, "FINE_NOISES", 4)
     flow, params = flow_of(Pieces((), 3), ODE, UNEVEN), slopes(1, 3)
     t = np.linspace(1, 0, 501)[:, None]
     spent = np.clip(UNEVEN[:-1] - t, 0, UNEVEN[:-1] - UNEVEN[1:])  # of each segment, by each fine state
     moved = (1 - segments.EPS) * spent @ params["slopes"][0].reshape(3, -1)
     expected = ((moved[:, None] - moved) ** 2).sum(axis=-1)
-    np.testing.assert_allclose(measurement.fine_distances(flow, params), expected, rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(sampler.fine_distances(flow, params), expected, rtol=1e-3, atol=2e-6)
 
 
 def test_fine_trajectories_in_small_pieces_of_memory_are_of_the_same_noises(monkeypatch):
-    monkeypatch.setattr(measurement, "FINE_NOISES", 5)
+    monkeypatch.setattr(sampler, "FINE_NOISES", 5)
     monkeypatch.setattr("segments.FINE_STEPS", 20)
     distances = {}
     for size, images in ((1 << 30, 8), (3 * 4 * 22 * math.prod(SHAPE), 3), (1, 1)):
-        monkeypatch.setattr(measurement, "TRAJECTORY_BYTES", size)
+        monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", size)
         flow = flow_of(Gaussian(), EULER)
-        distances[images] = measurement.fine_distances(flow, GAUSSIAN)
+        distances[images] = sampler.fine_distances(flow, GAUSSIAN)
         assert [per_device for _, per_device, _ in flow._programs] == [images]
     xs = direct(flow, GAUSSIAN, num_scales=20, save_trajectory=True)(range(5)).xs
     for found in distances.values():
@@ -275,31 +275,31 @@ def test_fine_trajectories_in_small_pieces_of_memory_are_of_the_same_noises(monk
 
 
 def test_adaptive_steps_are_placed_on_the_kinks_of_uneven_segments(monkeypatch):
-    monkeypatch.setattr(measurement, "FINE_NOISES", 4)
+    monkeypatch.setattr(sampler, "FINE_NOISES", 4)
     flow = flow_of(Pieces((0.8, 0.5, 0.1), 3), EULER | {"num_scales": 6}, UNEVEN)
     params = {"slopes": np.repeat(slopes(4)["slopes"], 3, axis=1)}
-    gridded = measurement.with_time_grid(flow, params, "adaptive")
+    gridded = sampler.with_time_grid(flow, params, "adaptive")
     times = gridded.time_grid.tolist()
     assert len(times) == 7
     assert {round(time, 3) for time in times} >= {1.0, 0.9, 0.333, 0.1, 0.0}
     assert 0.5 in times or 0.8 in times  # one step end inside that segment
-    ts, xs = measurement.trajectory(gridded, params, 2)
+    ts, xs = sampler.trajectory(gridded, params, 2)
     np.testing.assert_array_equal(ts, gridded.time_grid)
     run = direct(flow, params, time_grid=gridded.time_grid)(range(2))
     np.testing.assert_allclose(xs[-1], run.x, atol=1e-6)
 
 
 def test_other_weights_and_their_time_grid_need_no_other_program(monkeypatch):
-    monkeypatch.setattr(measurement, "FINE_NOISES", 4)
+    monkeypatch.setattr(sampler, "FINE_NOISES", 4)
     flow, counts, grids = flow_of(Pieces((0.7, 0.2)), EULER | {"num_scales": 3}), [], []
     for seed in range(3):
         params = slopes(3, seed=seed)
         params["slopes"][seed % 2] = params["slopes"][seed % 2 + 1]  # one of the kinks is none
-        gridded = measurement.with_time_grid(flow, params, "adaptive")
+        gridded = sampler.with_time_grid(flow, params, "adaptive")
         batches, _ = sampled(gridded, params, 2, 2)
         run = direct(flow, params, time_grid=gridded.time_grid)(range(2))
         np.testing.assert_allclose(batches[0], run.x, atol=1e-6)
-        measurement.flow_shape(gridded, params, [1.0, 0.0], 2, 2)
+        sampler.flow_shape(gridded, params, [1.0, 0.0], 2, 2)
         counts.append(len(TRACED))
         grids.append(gridded.time_grid)
     assert not np.array_equal(grids[0], grids[1])
@@ -311,9 +311,9 @@ def test_other_weights_and_their_time_grid_need_no_other_program(monkeypatch):
 
 def test_a_uniform_grid_and_an_adaptive_solver_are_left_alone():
     flow = flow_of(Gaussian(), EULER)
-    assert measurement.with_time_grid(flow, GAUSSIAN, "uniform") is flow
+    assert sampler.with_time_grid(flow, GAUSSIAN, "uniform") is flow
     flow = flow_of(Gaussian(), ODE)
-    assert measurement.with_time_grid(flow, GAUSSIAN, "adaptive") is flow
+    assert sampler.with_time_grid(flow, GAUSSIAN, "adaptive") is flow
 
 
 @pytest.mark.parametrize(
@@ -321,6 +321,6 @@ def test_a_uniform_grid_and_an_adaptive_solver_are_left_alone():
 )
 def test_steps_that_do_not_fit_are_told_before_any_trajectory(num_scales, boundaries, monkeypatch):
     flow = flow_of(Gaussian(), EULER | {"num_scales": num_scales}, boundaries)
-    monkeypatch.setattr(measurement, "fine_distances", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(sampler, "fine_distances", lambda *_: pytest.fail("computed"))
     with pytest.raises(InputError, match=r"do not fit.*lower model\.num_scales"):
-        measurement.with_time_grid(flow, GAUSSIAN, "adaptive")
+        sampler.with_time_grid(flow, GAUSSIAN, "adaptive")

@@ -13,9 +13,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
-import pairfiles
-import pairplan
 import segments
+from pairs import npz
+from pairs import plan as pairplan
 from utils import InputError
 
 GROUP_FILES = 4  # files whose pairs are shuffled together
@@ -53,7 +53,7 @@ class PairSet:
 
     def __init__(self, folder, partial: bool = False, expect: dict | None = None, images=None):
         self.folder = epath.Path(folder)
-        self._numbers = pairfiles.pair_file_numbers(self.folder)
+        self._numbers = npz.pair_file_numbers(self.folder)
         manifest = pairplan.read_manifest(self.folder)
         if not self._numbers:
             raise InputError(f"there are no pairs in {self.folder}; make them with training.reflow_mode=gen_reflow")
@@ -117,7 +117,7 @@ class PairSet:
           InputError: the file is damaged.
         """
         number = self._numbers[place]
-        file = pairfiles.PairFile(self.folder / pairfiles.file_name(number))
+        file = npz.PairFile(self.folder / npz.file_name(number))
         try:
             if place not in self._verified:
                 file.check_crc()
@@ -130,7 +130,7 @@ class PairSet:
         return _OpenPairs(file, index, starts)
 
 
-def segment_of_pairs(file: pairfiles.PairFile, boundaries: Float[np.ndarray, "boundaries"]) -> Int[np.ndarray, "n"]:
+def segment_of_pairs(file: npz.PairFile, boundaries: Float[np.ndarray, "boundaries"]) -> Int[np.ndarray, "n"]:
     """The segment of every pair of an open file, int32.
 
     Raises:
@@ -150,7 +150,7 @@ def count_of_file(folder: epath.Path, manifest: dict, number: int) -> int:
       InputError: it is missing, cannot be read, or has no place in the set.
       BrokenFile: it is not the file that the manifest means.
     """
-    with pairfiles.PairFile(folder / pairfiles.file_name(number)) as file:
+    with npz.PairFile(folder / npz.file_name(number)) as file:
         found = {"image_shape": list(file.image_shape), "store_noise": file.stores_noise}
         wanted = {name: manifest[name] for name in found}
         if "file_size" in manifest:
@@ -170,7 +170,7 @@ def _manifest_of_files(folder, numbers):
     """What can be said of a set without a manifest: the segments are those that occur in its files."""
     spans, shapes = set(), {}
     for number in numbers:
-        with pairfiles.PairFile(folder / pairfiles.file_name(number)) as file:
+        with npz.PairFile(folder / npz.file_name(number)) as file:
             if not file.stores_noise:
                 raise InputError(f"{file.path} does not store its noise, which cannot be rebuilt without a manifest")
             times = [file.array(name).astype(np.float32) for name in ("t1", "t0")]
@@ -194,9 +194,7 @@ def _manifest_of_files(folder, numbers):
 def _refuse_gaps(folder, numbers, partial):
     gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
     if gaps and not partial:
-        raise InputError(
-            f"{folder / pairfiles.file_name(gaps[0])} is missing; bring it, or set training.reflow_partial=True"
-        )
+        raise InputError(f"{folder / npz.file_name(gaps[0])} is missing; bring it, or set training.reflow_partial=True")
 
 
 def _refuse_incomplete(folder, manifest, numbers, partial):
@@ -206,7 +204,7 @@ def _refuse_incomplete(folder, manifest, numbers, partial):
         logger.info("%s", state)
     elif missing:
         raise InputError(
-            f"{state}, {pairfiles.file_name(missing[0])} is missing; run gen_reflow again, which makes what is not "
+            f"{state}, {npz.file_name(missing[0])} is missing; run gen_reflow again, which makes what is not "
             "there, or set training.reflow_partial=True"
         )
     elif not manifest["complete"]:
@@ -257,7 +255,7 @@ class _RebuiltStarts:
         """
         chosen = (part[rows] for part in (self._images, self._flip, self._key, self._t1))
         x1 = pairplan.start_points(*chosen, **self._how)
-        other = rows[pairfiles.crc_of_rows(x1) != self._crc[rows]]
+        other = rows[npz.crc_of_rows(x1) != self._crc[rows]]
         if len(other):
             raise InputError(
                 f"{self._path}: x1 of pair {other[0]}, which is not stored, is not rebuilt as it was: the images, the "
