@@ -6,16 +6,15 @@ however many hosts and devices; so a run that resumes, or moves to another machi
 """
 
 import abc
-import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
+import parallel
 from utils import InputError
 
 SHUFFLE_BYTES = 2**28  # encoded records held to be shuffled; all of CIFAR-10, a tenth of LSUN church
@@ -250,33 +249,8 @@ def _tfds_builder(name: str, data_dir: str):
     return builder
 
 
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """A host's place among those that share a batch: `index` of `count`, each with `local_devices` devices."""
-
-    index: int
-    count: int
-    local_devices: int
-
-    def share(self, batch_size: int) -> int:
-        """This host's images of a batch of `batch_size` over all hosts.
-
-        Raises:
-          InputError: the devices cannot share the batch equally.
-        """
-        devices = self.count * self.local_devices
-        if batch_size < 1 or batch_size % devices:
-            raise InputError(f"batch_size = {batch_size} cannot be shared by {devices} devices; use a multiple of it")
-        return batch_size // self.count
-
-
-def this_host() -> Host:
-    """The place that JAX gives this process."""
-    return Host(jax.process_index(), jax.process_count(), jax.local_device_count())
-
-
 def train_batches(
-    data, *, seed: int, batch_size: int, n_jitted_steps: int, start_step: int = 0, host: Host | None = None
+    data, *, seed: int, batch_size: int, n_jitted_steps: int, start_step: int = 0, host: parallel.Host | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless batches of this host, from the update `start_step` on.
 
@@ -295,9 +269,10 @@ def train_batches(
       [-1, 1] if `data.centered`, else in [0, 1].
 
     Raises:
-      InputError: as `image_source` and `Host.share`; while iterating, damaged files or images smaller than the crop.
+      InputError: as `image_source` and `parallel.Host.share`; while iterating, damaged files or images smaller than
+        the crop.
     """
-    host = host or this_host()
+    host = host or parallel.this_host()
     share = host.share(batch_size)
     source = image_source(data)
     tf = tensorflow_on_cpu()

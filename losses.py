@@ -9,9 +9,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+import parallel
 import segments
-
-AXIS = "devices"  # the name of pmap's axis in every training step
 
 
 class Targets(NamedTuple):
@@ -138,7 +137,7 @@ def ema_rate_at(updates, ema_rate: float, variable: bool):
 
 
 def make_updates(model, targets, transformation, *, ema_rate, variable_ema_rate, reduce_mean, seed):
-    """The body of pmap for every training stage: (state, batches [n, B, ...]) -> (state, losses [n]), n updates.
+    """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, losses [n]), n updates.
 
     Args:
       model: the network, as `models.create_model` makes it.
@@ -155,19 +154,19 @@ def make_updates(model, targets, transformation, *, ema_rate, variable_ema_rate,
 
     def update(state: TrainState, batch):
         size = jax.tree.leaves(batch)[0].shape[0]
-        device = jax.lax.axis_index(AXIS)
+        device = parallel.device_index()
         wanted = targets(example_keys(seed, state.step, device * size + jnp.arange(size)), batch)
         # Dropout alone depends on how the batch is shared: its masks are drawn for a device's whole batch.
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1), state.step), device)
         value, gradient = jax.value_and_grad(batch_loss)(state.params, wanted, dropout_key)
-        gradient = jax.lax.pmean(gradient, AXIS)
+        gradient = parallel.mean_over_devices(gradient)
         change, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
         rate = ema_rate_at(state.step + 1, ema_rate, variable_ema_rate)
         # In this form an EMA that equals the weights stays equal, bit for bit.
         ema_params = jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), state.ema_params, params)
         state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
-        return state, jax.lax.pmean(value, AXIS)
+        return state, parallel.mean_over_devices(value)
 
     def updates(state: TrainState, batches):
         if jax.default_backend() != "cpu":

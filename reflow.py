@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import tqdm
-from flax import jax_utils
 
+import parallel
 import sampling
 import utils
 from adaptive import adaptive_boundaries
@@ -127,7 +127,7 @@ def generate(
     with _disk_errors_named(plan):
         _remove_temporaries(plan)
         plan = claim_plan(plan, extra or {})
-        share = _files_of_worker(plan, worker)[jax.process_index() :: jax.process_count()]
+        share = parallel.this_host().items(_files_of_worker(plan, worker))
         todo = _prepared(plan, share)
         done = sum(map(plan.count, share)) - sum(map(plan.count, todo))
         with tqdm.tqdm(initial=done, total=sum(map(plan.count, share)), unit="pair", disable=not progress) as bar:
@@ -332,8 +332,8 @@ def _parts_solver(plan, size, make_velocity, params):
     # Only this host's devices: the hosts make different files, in their own time.
     devices = jax.local_devices()
     boundaries = np.asarray(plan.boundaries, np.float32)
-    params = jax_utils.replicate(params, devices)
-    program = jax.pmap(solve, devices=devices)
+    params = parallel.replicate(params)
+    program = parallel.map_devices(solve)
     times, index = np.zeros(len(devices), np.float32), np.zeros(len(devices), np.int32)
     shape = (len(devices), size, *plan.image_shape)
     program = program.lower(params, np.zeros(shape, np.float32), times, times, index).compile()

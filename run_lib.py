@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.jax_utils
 import jax
 import numpy as np
 import tqdm
@@ -22,6 +21,7 @@ import evaluation
 import figures
 import losses
 import models
+import parallel
 import reflow
 import sampler
 import segments
@@ -205,11 +205,11 @@ def _update_until_done(run: _Run, stage, state, pairs):
         reduce_mean=training.reduce_mean,
         seed=run.config.seed,
     )
-    program = jax.pmap(updates, axis_name=losses.AXIS, donate_argnums=0)
-    step, state = int(state.step), flax.jax_utils.replicate(state)
+    program = parallel.map_devices(updates, all_hosts=True, donate=(0,))
+    step, state = int(state.step), parallel.replicate(state)
     # Whole calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
     batches = stage.batches(run.config, pairs, step - step % training.n_jitted_steps)
-    batches = flax.jax_utils.prefetch_to_device(batches, 2, devices=jax.local_devices())
+    batches = parallel.prefetch(batches)
     bar = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.name, unit="update", disable=None)
     waiting = None  # the last logged losses, fetched one log later, when they are long there
     while step < training.n_iters:
@@ -227,7 +227,7 @@ def _update_until_done(run: _Run, stage, state, pairs):
         if snapshot or step % training.snapshot_freq_for_preemption == 0:
             waiting = _log_loss(run, waiting)
             _refuse_not_finite(run, step, loss)
-            whole = flax.jax_utils.unreplicate(state)
+            whole = parallel.first_copy(state)
             _keep(run, whole) if snapshot else _keep_to_resume(run, whole)
     bar.close()
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.jax_utils
 import jax
 import numpy as np
 import tqdm
@@ -16,6 +15,7 @@ import adaptive
 import datasets
 import evaluation
 import models
+import parallel
 import sampling
 import segments
 from utils import InputError
@@ -66,7 +66,7 @@ class Flow:
         Compiled once for all weights and time grids, for each `name`.
         """
         devices = jax.local_devices()
-        given = flax.jax_utils.replicate((params, self.time_grid), devices)
+        given = parallel.replicate((params, self.time_grid))
         places = np.arange(len(devices) * per_device, dtype=np.int32).reshape(len(devices), per_device)
 
         def run(given, places):
@@ -75,7 +75,7 @@ class Flow:
 
         key = name, per_device, self.time_grid is None
         if key not in self._programs:
-            self._programs[key] = jax.pmap(run, devices=devices).lower(given, places).compile()
+            self._programs[key] = parallel.map_devices(run).lower(given, places).compile()
         return lambda first: self._programs[key](given, first + places)
 
 
@@ -216,7 +216,7 @@ def flow_shape(flow: Flow, params, measured, count: int, batch_size: int) -> Flo
     name = f"shape over {np.asarray(measured, np.float32).tolist()}"  # which are part of the program
     batch = flow.program(name, measure, params, per_device)
     exact = flow.program("exact", solve_exactly, params, per_device)
-    truncation_error = jax.pmap(sampling.truncation_error, devices=devices)
+    truncation_error = parallel.map_devices(sampling.truncation_error)
     batches = []
     for first in _progress(range(0, count, per_device * len(devices)), "straightness"):
         shape, x = batch(first)

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
-from flax import jax_utils
 
 import datasets
 import models
+import parallel
 import reflow
 import sampling
 import segments
@@ -218,9 +218,11 @@ def network_call(make_velocity, params, shape, batch_size: int):
     devices = jax.local_device_count()
     x = np.random.default_rng(0).standard_normal((devices, batch_size // devices, *shape), np.float32)
     t, index = np.full(x.shape[:2], 0.5, np.float32), np.zeros(x.shape[:2], np.int32)
-    velocity = jax.pmap(lambda params, *arguments: sampling.full_precision(make_velocity(params))(*arguments))
-    params = jax_utils.replicate(params)
-    x, t, index = (jax.pmap(lambda array: array)(array) for array in (x, t, index))
+    velocity = parallel.map_devices(
+        lambda params, *arguments: sampling.full_precision(make_velocity(params))(*arguments)
+    )
+    params = parallel.replicate(params)
+    x, t, index = (parallel.map_devices(lambda array: array)(array) for array in (x, t, index))
 
     def call():
         velocity(params, x, t, index).block_until_ready()

@@ -10,13 +10,13 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import losses
 import models
+import parallel
 import sampling
 
 BATCH = 2
@@ -40,10 +40,10 @@ def training_update(config, model, params):
         seed=0,
     )
     device = jax.local_devices()[:1]
-    state = flax.jax_utils.replicate(losses.initial_state(weights, transformation), device)
+    state = parallel.replicate(losses.initial_state(weights, transformation), device)
     size, channels = config.data.image_size, config.data.num_channels
     batch = {"image": np.zeros((1, 1, BATCH, size, size, channels), np.float32)}
-    program = jax.pmap(update, axis_name=losses.AXIS, devices=device, donate_argnums=0)
+    program = parallel.map_devices(update, devices=device, donate=(0,))
     _, loss = program(state, batch)
     return {"loss": float(loss[0, 0])}
 

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import datasets
-from datasets import Host
+from parallel import Host
 from utils import InputError
 
 ONE_DEVICE = Host(index=0, count=1, local_devices=1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import losses
+import parallel
 import segments
 
 
@@ -124,7 +125,7 @@ def _updates(devices, per_device, batches, state=None):
     step = losses.make_updates(
         model, losses.reflow_targets, transformation, ema_rate=0.9, variable_ema_rate=False, reduce_mean=True, seed=5
     )
-    program = jax.pmap(step, axis_name=losses.AXIS, devices=jax.devices()[:devices])
+    program = parallel.map_devices(step, devices=jax.devices()[:devices])
     n = len(next(iter(batches.values()))) // (devices * per_device)
 
     def shared(rows):

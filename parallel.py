@@ -1,0 +1,94 @@
+"""Devices and hosts: the one place that knows how a batch is laid out over them.
+
+Callers hand over a function of one device's part and get one of all devices' parts, stacked on a leading axis
+[devices, ...]. `jax.pmap` does it today; nobody else knows.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import flax.jax_utils
+import jax
+
+from utils import InputError
+
+AXIS = "devices"  # the name of the mapped axis, over the devices of all hosts
+PREFETCH = 2  # batches on their way to the devices
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A host among those that share a job: `index` of `count`, each with `local_devices` devices."""
+
+    index: int
+    count: int
+    local_devices: int
+
+    def share(self, batch_size: int) -> int:
+        """This host's images of a batch of `batch_size` over all hosts.
+
+        Raises:
+          InputError: the devices cannot share the batch equally.
+        """
+        devices = self.count * self.local_devices
+        if batch_size < 1 or batch_size % devices:
+            raise InputError(f"batch_size = {batch_size} cannot be shared by {devices} devices; use a multiple of it")
+        return batch_size // self.count
+
+    def items(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This host's items of those that all hosts share in turn."""
+        return items[self.index :: self.count]
+
+
+def this_host() -> Host:
+    """The place that JAX gives this process."""
+    return Host(jax.process_index(), jax.process_count(), jax.local_device_count())
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that logs, draws and measures."""
+    return jax.process_index() == 0
+
+
+def map_devices(
+    function: Callable, *, all_hosts: bool = False, devices: Sequence[Any] | None = None, donate: tuple[int, ...] = ()
+) -> Callable:
+    """`function` of one device's arguments, for stacked arguments [devices, ...] of this host's devices.
+
+    Args:
+      function: what every device computes; it may call `device_index` and `mean_over_devices`.
+      all_hosts: the devices of all hosts compute together, in step; else this host's alone.
+      devices: the devices, where they are not all of this host's.
+      donate: positions of the arguments whose memory the results may take.
+    """
+    if devices is None and not all_hosts:
+        devices = jax.local_devices()
+    return jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donate)
+
+
+def device_index() -> jax.Array:
+    """Inside `map_devices`: the number of this device among all, int32."""
+    return jax.lax.axis_index(AXIS)
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Inside `map_devices`: the mean of every array over all devices."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
+    """A copy of `tree` for each of this host's devices."""
+    return flax.jax_utils.replicate(tree, devices or jax.local_devices())
+
+
+def first_copy(tree: Any) -> Any:
+    """The first device's copy of a replicated tree."""
+    return flax.jax_utils.unreplicate(tree)
+
+
+def prefetch(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches [devices, ...] of NumPy arrays, on the devices, PREFETCH of them ahead of use."""
+    return flax.jax_utils.prefetch_to_device(batches, PREFETCH, devices=jax.local_devices())

@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel
+from parallel import Host
+from utils import InputError
+
+
+def test_hosts_share_a_batch_and_items():
+    hosts = [Host(index, 3, 2) for index in range(3)]
+    assert [host.share(12) for host in hosts] == [4, 4, 4]
+    assert [list(host.items(range(7))) for host in hosts] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("batch_size", [0, -6, 5, 9])
+def test_a_batch_that_devices_cannot_share_is_refused(batch_size):
+    with pytest.raises(InputError, match=f"batch_size = {batch_size} cannot be shared by 6 devices"):
+        Host(0, 3, 2).share(batch_size)
+
+
+def test_every_device_computes_its_part_and_knows_the_mean_over_all():
+    devices = jax.local_device_count()
+    assert devices > 1, "conftest.py makes two devices"
+
+    def part(weight, rows):
+        return weight * rows.sum(), parallel.device_index(), parallel.mean_over_devices({"mean": rows.mean()})
+
+    rows = np.arange(devices * 3, dtype=np.float32).reshape(devices, 3)
+    total, index, mean = parallel.map_devices(part)(parallel.replicate(jnp.float32(2)), rows)
+    np.testing.assert_allclose(total, 2 * rows.sum(1))
+    np.testing.assert_array_equal(index, np.arange(devices))
+    np.testing.assert_allclose(mean["mean"], rows.mean())
+
+
+def test_a_replicated_tree_comes_back_as_it_was():
+    tree = {"a": np.arange(3.0, dtype=np.float32), "b": (np.int32(4),)}
+    jax.tree.map(np.testing.assert_array_equal, parallel.first_copy(parallel.replicate(tree)), tree)
+
+
+def test_prefetched_batches_come_in_their_order():
+    devices = jax.local_device_count()
+    batches = [{"x": np.full((devices, 2), number, np.float32)} for number in range(5)]
+    for wanted, found in zip(batches, parallel.prefetch(iter(batches)), strict=True):
+        np.testing.assert_array_equal(found["x"], wanted["x"])
