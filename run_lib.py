@@ -211,6 +211,7 @@ def _update_until_done(run: _Run, stage, state, pairs):
     batches = stage.batches(run.config, pairs, step - step % training.n_jitted_steps)
     batches = parallel.prefetch(batches)
     bar = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.name, unit="update", disable=None)
+    run_ahead = parallel.RunAhead()
     waiting = None  # the last logged losses, fetched one log later, when they are long there
     while step < training.n_iters:
         batch, first = next(batches), step % training.n_jitted_steps
@@ -218,6 +219,7 @@ def _update_until_done(run: _Run, stage, state, pairs):
         if count < training.n_jitted_steps:
             batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
         state, loss = program(state, batch)
+        run_ahead.add(loss)
         before, step = step, step + count
         bar.update(count)
         if step // training.log_freq > before // training.log_freq or step == training.n_iters:

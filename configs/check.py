@@ -3,16 +3,20 @@
 import segments
 from utils import InputError
 
-PREDICTORS = ("rf_solver", "rf_solver_heun", "dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
+SOLVERS = ("dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
 CHOICES = {
     "data.dataset": ("digits", "CIFAR10", "CELEBA", "LSUN"),
     "model.rf_phase": (1, 2),
     "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
     "training.reflow_dtype": ("float32", "float16"),
+    "training.reflow_pairs": ("segments", "trajectory"),
+    "training.loss": ("l2", "huber", "lpips_huber"),
+    "training.t_distribution": ("uniform", "ushape", "exponential", "logitnormal"),
+    "optim.schedule": ("constant", "cosine"),
     "eval.reflow_mode": ("eval_reflow", "eval_distill"),
     "sampling.method": ("ode", "pc"),
-    "sampling.solver": PREDICTORS[2:],
-    "sampling.predictor": PREDICTORS,
+    "sampling.solver": SOLVERS,
+    "sampling.predictor": ("rf_solver", "rf_solver_heun", "rf_reinterpolate", *SOLVERS),
     "sampling.error_norm": ("batch", "sample"),
     "sampling.time_grid": ("uniform", "adaptive"),
 }
@@ -35,6 +39,10 @@ RANGES = {
     "training.n_reflow_data": (1, None),
     "training.gen_reflow_size": (1, None),
     "training.reflow_file_size": (1, None),
+    "training.t_shape": (0.01, 80),  # e^a is a float32
+    "training.distill_steps": (1, None),
+    "training.on_policy": (0, 1),
+    "training.inverted_pairs": (0, 1),
     "optim.lr": (0, None),
     "optim.beta1": (0, 1),
     "optim.eps": (0, None),
@@ -47,6 +55,7 @@ RANGES = {
     "eval.interval_step": (1, None),
     "eval.straightness_samples": (1, None),
     "eval.segments": (0, None),
+    "eval.ema_rate": (0, 1),
 }
 
 
@@ -66,6 +75,30 @@ def check_config(config, mode: str):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--config.{name}={value}: it must be {span}")
     check_steps(config, mode)
+    check_options(config, mode)
+
+
+def check_options(config, mode: str):
+    """Raises InputError where two settings contradict each other or one lacks what it needs."""
+    model, training = config.model, config.training
+    for rate in model.ema_rates:
+        if not isinstance(rate, float | int) or not 0 <= rate <= 1 or rate == model.ema_rate:
+            raise InputError(f"--config.model.ema_rates={model.ema_rates}: use rates from 0 to 1 other than ema_rate")
+    if len(set(model.ema_rates)) < len(model.ema_rates):
+        raise InputError(f"--config.model.ema_rates={model.ema_rates} names a rate twice")
+    if mode == "eval" and config.eval.ema_rate not in (0, model.ema_rate, *model.ema_rates):
+        rates = ", ".join(map(str, (model.ema_rate, *model.ema_rates)))
+        raise InputError(f"--config.eval.ema_rate={config.eval.ema_rate}: use 0 or a rate of the run ({rates})")
+    needs_lpips = mode == "train" and training.loss == "lpips_huber"
+    if needs_lpips and not (is_given(training.lpips_path) and is_given(training.lpips_heads)):
+        raise InputError(
+            "--config.training.loss=lpips_huber needs the weights of VGG16 and of LPIPS: give training.lpips_path and "
+            "training.lpips_heads, or use training.loss=huber"
+        )
+    if training.inverted_pairs and not training.reflow_store_noise:
+        raise InputError(
+            "--config.training.inverted_pairs needs the stored starting points: use training.reflow_store_noise=True"
+        )
 
 
 def segments_of(config) -> int:

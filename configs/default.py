@@ -26,6 +26,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     model.num_scales = 1000  # N, the steps of the fixed-grid samplers (sampling.method='pc')
     model.ema_rate = 0.999999
     model.variable_ema_rate = True  # cap the EMA rate by (1 + n) / (10 + n), n updates so far
+    model.ema_rates = ()  # further EMA rates kept beside ema_rate; an evaluation picks one with eval.ema_rate
     model.name = "ncsnpp"
     model.nf = 128  # channels at full resolution
     model.ch_mult = (1, 2, 2, 2)  # channels of each resolution, in units of nf
@@ -64,7 +65,15 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.snapshot_freq_for_preemption = 1_000  # updates between two checkpoints kept only to resume from
     training.snapshot_sampling = True  # draw a sample grid at each kept checkpoint
     training.snapshot_fid_sample = 0  # samples for an FID at each kept checkpoint; 0: none
-    training.reduce_mean = True  # False: the loss is half the sum over pixels
+    training.reduce_mean = True  # False: loss l2 is half the sum over pixels
+    training.loss = "l2"  # l2 | huber | lpips_huber (lpips needs the two files below)
+    training.lpips_path = "none"  # VGG16's weights in torchvision's format, vgg16-397923af.pth; never downloaded
+    training.lpips_heads = "none"  # the linear heads of LPIPS, its own v0.1/vgg.pth
+    training.t_distribution = "uniform"  # uniform | ushape | exponential | logitnormal: t in 1-RF, u in train_reflow
+    training.t_shape = 4.0  # a of ushape's density a e^(a u) / (e^a - 1)
+    training.distill_steps = 1  # m: distillation learns m Euler steps a segment, u in {1/m, ..., 1}
+    training.on_policy = 0.0  # share of a distillation batch that starts from the EMA student's own states
+    training.init_from_ema = False  # start from the source's EMA weights, its Adam moments at zero
     training.import_torch = "none"  # start from this PyTorch checkpoint
     training.import_flax = "none"  # start from this run's folder, or exported file, of ours
     training.n_reflow_data = 1_000_000  # pairs to make, all segments together
@@ -73,6 +82,8 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.reflow_dtype = "float32"  # float32 | float16, of the stored pairs
     training.reflow_store_noise = True  # False: rebuild x1 from image and key on reading; half the disk
     training.reflow_partial = False  # train on a pair set that is not complete
+    training.reflow_pairs = "segments"  # gen_reflow: segments | trajectory (states at all boundaries, for on_policy)
+    training.inverted_pairs = 0.0  # gen_reflow: share of pairs solved backwards from real points at a segment's end
     training.gen_worker = "1/1"  # 'i/n': make every n-th pair file, from the i-th
 
     config.optim = optim = ml_collections.ConfigDict()
@@ -81,12 +92,13 @@ def get_default_config() -> ml_collections.ConfigDict:
     optim.eps = 1e-8
     optim.warmup = 5_000  # updates of linear warm-up; 0: none
     optim.grad_clip = 1.0  # global norm; negative: off
+    optim.schedule = "constant"  # constant | cosine (to 0 at n_iters), after the warm-up
 
     config.sampling = sampling = ml_collections.ConfigDict()
     sampling.method = "ode"  # ode: adaptive steps; pc: a fixed grid of model.num_scales steps
     sampling.tol = 1e-5  # rtol = atol of the adaptive solver
     sampling.solver = "dopri5"  # of method 'ode': dopri5 | tsit5 | bosh3 | heun | midpoint | ralston
-    sampling.predictor = "rf_solver"  # of method 'pc': rf_solver (Euler) | rf_solver_heun | a solver named above
+    sampling.predictor = "rf_solver"  # of 'pc': rf_solver (Euler) | rf_solver_heun | rf_reinterpolate | a solver above
     sampling.error_norm = "batch"  # batch: one step size for a device's batch; sample: one for each image
     sampling.time_grid = "uniform"  # of method 'pc': uniform | adaptive, inside the segments
 
@@ -97,6 +109,8 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.begin_step = 0  # the checkpoints from this step ...
     evaluate.end_step = 1_000_000_000  # ... to this one ...
     evaluate.interval_step = 1  # ... at multiples of this after begin_step are evaluated
+    evaluate.ema_rate = 0.0  # evaluate the EMA of this rate: model.ema_rate (0) or one of model.ema_rates
+    evaluate.teacher = "none"  # also measure the distance to this checkpoint's own samples of the same noises
     evaluate.segments = 0  # a 1-RF's sequential straightness is over this many; 0: training.reflow_t
     evaluate.save_trajectory = False  # keep one batch's trajectory and its times
     evaluate.straightness_samples = 1_024  # noises behind straightness and truncation error

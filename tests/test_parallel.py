@@ -44,3 +44,15 @@ def test_prefetched_batches_come_in_their_order():
     batches = [{"x": np.full((devices, 2), number, np.float32)} for number in range(5)]
     for wanted, found in zip(batches, parallel.prefetch(iter(batches)), strict=True):
         np.testing.assert_array_equal(found["x"], wanted["x"])
+
+
+def test_the_host_runs_ahead_of_the_devices_by_at_most_two_calls(monkeypatch):
+    finished = []
+    monkeypatch.setattr(jax, "block_until_ready", finished.append)
+    run_ahead = parallel.RunAhead()
+    unfinished = []
+    for call in range(5):
+        run_ahead.add(call)  # dispatched before it is added
+        unfinished.append(call + 1 - len(finished))
+    assert finished == [0, 1, 2, 3]  # in the order of dispatch
+    assert max(unfinished) + 1 <= parallel.MAX_IN_FLIGHT  # with the next call, before it is added

@@ -1,0 +1,51 @@
+"""Which configurations are refused before any work is done, and with what words."""
+
+import pytest
+
+from configs.check import CHOICES, RANGES, check_batches, check_config
+from configs.default import get_default_config
+from utils import InputError
+
+
+def config_with(**settings):
+    config = get_default_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in settings.items()})
+    return config
+
+
+def test_the_defaults_pass():
+    for mode in ("train", "eval"):
+        check_config(get_default_config(), mode)
+
+
+@pytest.mark.parametrize("name", [*CHOICES, *RANGES])
+def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(name):
+    value = get_default_config()
+    for key in name.split("."):
+        value = value[key]
+    wrong = "no such value" if isinstance(value, str) else type(value)(-3)
+    with pytest.raises(InputError, match=f"--config.{name}={wrong}: "):
+        check_config(config_with(**{name.replace(".", "__"): wrong}), "train")
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "message"),
+    [
+        ("train", {"training__loss": "lpips_huber"}, "give training.lpips_path and training.lpips_heads"),
+        ("train", {"training__inverted_pairs": 0.5, "training__reflow_store_noise": False}, "reflow_store_noise=True"),
+        ("train", {"model__ema_rates": (0.9, 1.5)}, "rates from 0 to 1"),
+        ("train", {"model__ema_rates": (0.999999,)}, "other than ema_rate"),
+        ("train", {"model__ema_rates": (0.9, 0.9)}, "names a rate twice"),
+        ("eval", {"model__ema_rates": (0.9,), "eval__ema_rate": 0.99}, r"a rate of the run \(0.999999, 0.9\)"),
+        ("train", {"sampling__method": "pc", "model__num_scales": 3, "training__reflow_t": 4}, "use at least 4"),
+        ("train", {"training__n_jitted_steps": 3}, "not a multiple of n_jitted_steps"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(mode, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_config(config_with(**settings), mode)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    with pytest.raises(InputError, match="use a multiple of 3"):
+        check_batches(get_default_config(), "train", devices=3, local_devices=1)
