@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs requirements.txt into it: scripts/requirements.sh [cpu|cuda|tpu]. Quick when nothing changed.
+# Makes .venv and installs requirements.txt and requirements-dev.txt into it:
+# scripts/requirements.sh [cpu|cuda|tpu]. Quick when nothing changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,12 +18,12 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 
-wanted="$accelerator $(sha256sum < requirements.txt)"
+wanted="$accelerator $(cat requirements.txt requirements-dev.txt | sha256sum)"
 stamp=.venv/seqrf-requirements
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-echo "installing requirements.txt for $accelerator into .venv (about 4 GB)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $extra
+echo "installing requirements.txt and requirements-dev.txt for $accelerator into .venv (about 4 GB)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $extra
 .venv/bin/python -m pip check --disable-pip-version-check
 echo "$wanted" > "$stamp"

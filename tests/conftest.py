@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-# Before jax starts: two devices on one CPU, so that every pmap really shares its batch.
+# Before jax starts: two devices on one CPU, so that work shared by devices really is.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -11,9 +11,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from jaxtyping import install_import_hook
 
-# Every module and package of ours at the top level, but the one that only reads flags.
+# Every module and package at the top level but main, which only reads flags.
 ROOT = pathlib.Path(__file__).parents[1]
-CHECKED = [path.stem for path in ROOT.glob("*.py") if path.stem != "main"] + ["configs", "models", "pairs"]
+MODULES = [path.stem for path in ROOT.glob("*.py") if path.stem != "main"]
+PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 
-# The jaxtyping annotations of our public functions are checked at every call made in a test.
-install_import_hook(CHECKED, "beartype.beartype")
+# The jaxtyping annotations of these modules are checked at every call made in a test.
+install_import_hook(MODULES + PACKAGES, "beartype.beartype")
