@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import models
-from utils import InputError, atomic_path
+from utils import InputError, atomic_path, is_local
 
 logger = logging.getLogger("seqrf")
 
@@ -133,14 +133,10 @@ def _manager(folder, max_to_keep):
     return ocp.CheckpointManager(_absolute(folder), options=options)
 
 
-def _is_local(path) -> bool:
-    return "://" not in os.fspath(path)
-
-
 def _absolute(path):
     """`path` as orbax asks for it: from the root. A remote one is; `absolute` would put it below the current folder."""
     path = epath.Path(path)
-    return path.absolute() if _is_local(path) else path
+    return path.absolute() if is_local(path) else path
 
 
 def _read_state(folder) -> dict:
@@ -306,7 +302,7 @@ def export_file(path, weights: models.Weights, config, boundaries=None, teacher:
     arrays = {name: np.asarray(a, order="C") for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
     metadata = {"seqrf": json.dumps({**info, "count": int(weights.count), "step": int(weights.step)})}
     with atomic_path(path) as temporary:
-        if _is_local(temporary):
+        if is_local(temporary):
             temporary.touch()
             mode = os.stat(temporary).st_mode
             save_file(arrays, temporary, metadata)  # a new file, which only its owner may read
@@ -329,7 +325,7 @@ def _file_weights(path, info: dict) -> models.Weights:
     from safetensors.numpy import load, load_file
 
     with _damage_named(f"{path} {_NOT_OURS}"):
-        arrays = load_file(os.fspath(path)) if _is_local(path) else load(path.read_bytes())
+        arrays = load_file(os.fspath(path)) if is_local(path) else load(path.read_bytes())
         trees = flax.traverse_util.unflatten_dict(arrays, sep="/")
         parts = {name: trees[name] for name in _TREES}
         return models.Weights(**parts, extras=trees.get("extras", {}), count=int(info["count"]), step=int(info["step"]))

@@ -180,27 +180,6 @@ def _wait_for_hosts(plan, awaited):
             time.sleep(POLL_SECONDS)
 
 
-class _Share:
-    """The files that are still to be made here, and what is known of another worker on the very same ones.
-
-    Two workers have one share when the first was presumed dead and is only slow. Side by side they would solve every
-    file twice; so one that meets the other's files goes on in an order of its own.
-    """
-
-    def __init__(self, plan, todo):
-        self._plan, self._left = plan, list(todo)
-        self.shared = False
-
-    def take(self):
-        """The next file's number, None at the end; and those of the files that somebody else has made meanwhile."""
-        there = set(npz.pair_file_numbers(self._plan.folder))
-        made = [number for number in self._left if number in there]
-        self._left = [number for number in self._left if number not in there]
-        self.shared |= bool(made)
-        place = np.random.default_rng().integers(len(self._left)) if self._left and self.shared else 0
-        return (self._left.pop(place) if self._left else None), made
-
-
 @dataclasses.dataclass
 class _FileInWork:
     """A pair file while its pairs are being solved."""
@@ -211,11 +190,8 @@ class _FileInWork:
     x0: np.ndarray
     unsolved: int  # of its parts
 
-    def write(self, plan) -> bool:
-        """Draws the first file of a set, and writes the file; in this order, so that a kill leaves no gap.
-
-        Returns False if somebody else has written it by now.
-        """
+    def write(self, plan) -> None:
+        """Draws the first file of a set, and writes the file; in this order, so that a kill leaves no gap."""
         layout = self.layout
         if self.number == 1:
             draw_pairs(plan.folder.parent / FIGURE, self.x0, self.x1, layout.segment, plan)
@@ -225,13 +201,8 @@ class _FileInWork:
             starts["x1_crc"] = npz.crc_of_rows(self.x1)
         # Where a manifest cannot be claimed, another worker's may have replaced it: files of two sets must not mix.
         pairplan.begin_manifest(plan, {})
-        try:
-            return npz.write_pairs(plan.path(self.number), {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1})
-        except FileNotFoundError:
-            # Another worker made the same file, completed the set and cleared away what was not finished.
-            if not plan.path(self.number).exists():
-                raise
-            return False
+        arrays = {"x0": self.x0, **starts, "t0": layout.t0, "t1": layout.t1}
+        utils.write_arrays(plan.path(self.number), overwrite=False, **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,32 +231,27 @@ class _Tally:
 
 def _make_files(plan, todo, images, make_velocity, params, batch_size, bar):
     """Solves and writes the files `todo`: the host prepares one file while the devices solve and a thread writes."""
-    tally, share = _Tally(nfe=[[] for _ in range(plan.k)]), _Share(plan, todo)
+    tally = _Tally(nfe=[[] for _ in range(plan.k)])
     if not todo:
         return tally.summary(time.perf_counter())
     size = _rows_of_part(plan, batch_size)
     with _memory_errors_named(batch_size):
         solve = _parts_solver(plan, size, make_velocity, params)
         started = time.perf_counter()
-        parts = _parts(plan, share, images, size, bar)
+        parts = _parts(plan, todo, images, size)
         with ThreadPoolExecutor(1, thread_name_prefix="pairs-write") as writer:
             writing = None
             for solved in _dispatched_ahead(solve, _in_groups(parts, jax.local_device_count())):
                 for file in _finished_files(plan, solved, tally, bar):
                     if writing:
-                        _end_of_write(writing, share)
+                        writing.result()
                     writing = writer.submit(file.write, plan)
                 if writing and writing.done():  # a full disk is noticed now, not a whole file later
-                    _end_of_write(writing, share)
+                    writing.result()
                     writing = None
             if writing:
-                _end_of_write(writing, share)
+                writing.result()
     return tally.summary(started)
-
-
-def _end_of_write(writing, share):
-    """Waits for the file being written, and raises what went wrong with it."""
-    share.shared |= not writing.result()
 
 
 def _finished_files(plan, solved, tally, bar):
@@ -347,13 +313,9 @@ def _parts_solver(plan, size, make_velocity, params):
     return solve_parts
 
 
-def _parts(plan, share, images, size, bar):
-    """The parts of every file of the share in turn."""
-    while True:
-        number, made = share.take()
-        bar.update(sum(map(plan.count, made)))
-        if number is None:
-            return
+def _parts(plan, todo, images, size):
+    """The parts of the files `todo` in turn."""
+    for number in todo:
         layout = pairplan.file_layout(plan, number)
         x1 = pairplan.start_points(
             images_of_file(images, layout.first_image, plan.count(number), plan.k),
@@ -403,14 +365,14 @@ def draw_pairs(path, x0, x1, segment, plan: PairPlan) -> None:
             ax.imshow(utils.image_grid((unit + 1) / 2 if plan.centered else unit))
             ax.set_title(f"segment {index}, {name}: t = {time_:.3g}")
             ax.set_axis_off()
-    with utils.atomic_path(path) as temporary, npz.durable_file(temporary) as file:
+    with utils.atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
 
 def _refuse_small_disk(plan):
     """Says at once that the disk is too small, where that can be told."""
     needed = sum(map(plan.file_bytes, pairplan.missing_files(plan)))
-    if npz.is_local(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
+    if utils.is_local(plan.folder) and needed > (free := shutil.disk_usage(plan.folder).free):
         raise InputError(
             f"the disk of {plan.folder} has {free:,} bytes free, the pairs that are not there need {needed:,}; make "
             "room, make fewer pairs, or use training.reflow_dtype=float16 or training.reflow_store_noise=False"
@@ -421,7 +383,7 @@ def _refuse_small_disk(plan):
 def _disk_errors_named(plan):
     """One line for a disk that fills or cannot be written."""
     try:
-        with npz.os_errors():
+        with utils.os_errors():
             yield
     except OSError as error:
         if error.errno in FULL_DISK:

@@ -28,6 +28,7 @@ import segments
 import sources
 import tfgan_compat
 import tracking
+import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
 from pairs import plan as pairplan
 from utils import InputError
@@ -481,13 +482,13 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
 def _evaluate_checkpoint(config, flow, params, step: int, features, folder, tracker):
     network, real = features
     settings = _settings(config, flow, params, network)
-    if tracking.read_json(folder / "metrics.json", {}).get("settings") == settings:
+    if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
         return
     tfgan_compat.import_in_background()  # while the samplers are compiled
     values = _measure(config, flow, params, network, real, folder)
     named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
-    tracking.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
+    utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
     tracker.log(step, values)
     _show_pictures(tracker, step, folder)
 
@@ -546,7 +547,7 @@ def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
     figures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
     curves = {"straightness": shape.curve, "sequential straightness": shape.sequential_curve}
     figures.draw_straightness(folder / "straightness.png", shape.ts, curves, measured)
-    tracking.write_arrays(
+    utils.write_arrays(
         folder / "straightness.npz",
         ts=shape.ts,
         curve=shape.curve,
@@ -555,7 +556,7 @@ def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
     )
     if config.eval.save_trajectory:
         ts, xs = sampler.trajectory(flow, params, min(batch_size, SHOWN_IMAGES))
-        tracking.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
+        utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
         figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, centered))
     return {
         **quality,

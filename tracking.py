@@ -1,7 +1,6 @@
 """Where a run's numbers and pictures go: the terminal, metrics.json and Weights & Biases, all by one call."""
 
 import hashlib
-import json
 import logging
 import math
 import netrc
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from utils import InputError, atomic_path
+import utils
+from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
@@ -49,7 +49,7 @@ class Tracker:
         if not primary:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_json(self._path, [])
+        lines = utils.read_json(self._path, [])
         self._lines = {line["step"]: line for line in lines if line["step"] <= resume_step}
         self._wandb = _wandb_run(workdir, name, config)
 
@@ -77,41 +77,13 @@ class Tracker:
     def flush(self):
         """Writes `<folder>/metrics.json`: `history`."""
         if self._primary:
-            write_json(self._path, self.history)
+            utils.write_json(self._path, self.history)
 
     def close(self):
         """Flushes and ends the wandb run."""
         if self._primary:
             self.flush()
             self._wandb.finish()
-
-
-def write_json(path, value):
-    """Writes JSON atomically. NaN and infinity become null: JSON has no word for them."""
-
-    def finite(entry):
-        if isinstance(entry, dict):
-            return {key: finite(item) for key, item in entry.items()}
-        if isinstance(entry, (list, tuple)):
-            return [finite(item) for item in entry]
-        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
-
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=1) + "\n")
-
-
-def read_json(path, default):
-    """What a JSON file says; `default` where there is no such file or it is damaged."""
-    try:
-        return json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError):
-        return default
-
-
-def write_arrays(path, **arrays):
-    """Writes an .npz of arrays, stored, atomically."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 def _plain(value):
@@ -133,7 +105,7 @@ def _wandb_run(workdir, name, config):
     import wandb
 
     folder = epath.Path(workdir)
-    local = folder if not str(folder).startswith("gs://") else epath.Path(".")
+    local = folder if utils.is_local(folder) else epath.Path(".")
     local.mkdir(parents=True, exist_ok=True)
     # The same run in the same workdir goes on with the same wandb run; in another workdir it is another one.
     identity = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:16]

@@ -1,33 +1,132 @@
-"""What fits nowhere else: the error that users see, atomic files, image grids."""
+"""Shared by everything: the error that users see, atomic and durable files on a disk or in a bucket, image grids."""
 
 import contextlib
+import errno
+import io
+import json
 import math
+import os
+import sys
 import uuid
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
+
+UNSUPPORTED_LINK = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
+# TensorFlow's errors that have a counterpart among those of a disk.
+REMOTE_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
 
 
 class InputError(ValueError):
     """Something that the user gave cannot work. The message is one line that names it and the remedy."""
 
 
-@contextlib.contextmanager
-def atomic_path(path):
-    """Yields a temporary path beside `path`; on success it is renamed to `path`, on failure removed.
+def is_local(path: epath.PathLike) -> bool:
+    """Whether the path is on a mounted disk, rather than in an object store (gs://...)."""
+    return "://" not in os.fspath(path)
 
-    A reader sees the old file or the whole new one, never a part, and a full disk leaves nothing behind.
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Converts TensorFlow's errors, which epath raises for gs:// paths, to the OSError that a disk would raise."""
+    try:
+        yield
+    except Exception as error:
+        tensorflow = sys.modules.get("tensorflow")  # imported by epath if a remote path has been used
+        if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+            raise
+        kind, number = REMOTE_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
+        raise kind(number, str(error).splitlines()[0]) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: epath.PathLike, *, overwrite: bool = True) -> Iterator[epath.Path]:
+    """Yields a temporary path beside `path`; on success its file is renamed to `path`, on failure removed.
+
+    A reader sees the old file or the whole new one. On a disk the new file is durable: its bytes are on the disk before
+    it gets its name, so that a crash of the machine cannot leave an empty file.
+
+    Args:
+      path: local or remote; missing folders are made.
+      overwrite: False: a file that exists is kept, also one that appears meanwhile. Where hard links are not supported
+        (object stores) processes that write at the same moment may still replace each other's file.
+
+    Raises:
+      OSError: no space or no permission; no file is left behind.
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield temporary
+    with os_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if is_local(path):
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            if overwrite:
+                temporary.replace(path)
+            else:
+                _rename_to_new(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(temporary, path):
+    """Gives the file the name `path` unless that exists: a rename would replace it."""
+    if is_local(path):
+        try:
+            return os.link(temporary, path)
+        except FileExistsError:
+            return None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED_LINK:
+                raise
+    if not path.exists():
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: epath.PathLike, *, overwrite: bool = True) -> Iterator[IO[bytes]]:
+    """Yields an open binary file that becomes `path` as in `atomic_path`; a remote one is kept in memory meanwhile."""
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        if is_local(path):
+            with temporary.open("wb") as file:
+                yield file
+        else:  # remote files can only be written front to back, which zip files are not
+            buffer = io.BytesIO()
+            yield buffer
+            temporary.write_bytes(buffer.getvalue())
+
+
+def write_arrays(path: epath.PathLike, *, overwrite: bool = True, **arrays: np.ndarray) -> None:
+    """Writes an uncompressed .npz as `atomic_file`; its bytes depend on the arrays alone."""
+    with atomic_file(path, overwrite=overwrite) as file:
+        np.savez(file, **arrays)
+
+
+def write_json(path: epath.PathLike, value: Any, *, overwrite: bool = True) -> None:
+    """Writes JSON as `atomic_file`. NaN and infinity become null, which JSON has in their place."""
+
+    def finite(entry):
+        if isinstance(entry, dict):
+            return {key: finite(item) for key, item in entry.items()}
+        if isinstance(entry, (list, tuple)):
+            return [finite(item) for item in entry]
+        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
+
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write((json.dumps(finite(value), indent=1) + "\n").encode())
+
+
+def read_json(path: epath.PathLike, default: Any) -> Any:
+    """The content of a JSON file; `default` where there is no such file or it is damaged."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError):
+        return default
 
 
 def image_grid(images: Float[np.ndarray, "n h w c"], padding: int = 1) -> np.ndarray:

@@ -7,16 +7,13 @@ and what a reader holds does not depend on the size of the files.
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import math
 import os
 import re
 import struct
-import sys
 import threading
-import uuid
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +23,7 @@ from etils import epath
 from isal import isal_zlib
 from jaxtyping import Float, UInt32
 
-from utils import InputError
+from utils import InputError, is_local, os_errors
 
 CRC_BLOCK = 2**20  # bytes read at a time for a checksum; they stay in a core's cache
 # The start of an array in NumPy's format, for plain numbers. NumPy's own reader parses it with `ast`, which in Python
@@ -41,9 +38,6 @@ ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, 
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
 # In place of x1, when noise is not stored; x1_crc is the CRC-32 of each row of x1.
 KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2), "x1_crc": ("u", 1)}
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)  # of disks that know none
-# How epath's errors for gs:// are called on a disk.
-DISK_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
 
 
 class BrokenFile(InputError):
@@ -74,98 +68,9 @@ def pair_file_numbers(folder) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := FILE_NAME.fullmatch(name)))
 
 
-def is_local(path) -> bool:
-    """Whether the path is on a disk, rather than in an object store (gs://...)."""
-    return "://" not in os.fspath(path)
-
-
-@contextlib.contextmanager
-def os_errors():
-    """Raises as an OSError, such as a disk would give, what TensorFlow raises: epath reaches gs:// through it."""
-    try:
-        yield
-    except _tensorflow_errors() as error:
-        kind, number = DISK_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
-        raise kind(number, str(error).splitlines()[0]) from error
-
-
-def _tensorflow_errors():
-    tensorflow = sys.modules.get("tensorflow")  # not imported for this: who has reached gs:// has imported it
-    return (tensorflow.errors.OpError,) if tensorflow else ()
-
-
-@contextlib.contextmanager
-def durable_file(path):
-    """An open binary file that becomes `path`; afterwards its bytes stay there even if the machine crashes.
-
-    Without this a crash could leave a file's name, given to it by renaming, without its bytes.
-    """
-    path = epath.Path(path)
-    with os_errors():
-        if is_local(path):
-            with path.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        else:  # whose files can only be written from their start to their end, and a zip file is not
-            buffer = io.BytesIO()
-            yield buffer
-            path.write_bytes(buffer.getvalue())
-
-
-def write_new(path, fill) -> bool:
-    """Writes the file `path` unless there is one, whole or not at all; of many that try at once, one does.
-
-    Where the disk knows no links (an object store), those that try at the same moment replace one another's file.
-
-    Args:
-      path: of the file.
-      fill: is given the open binary file.
-
-    Returns:
-      Whether it was this call that wrote it.
-
-    Raises:
-      OSError: no room, no permission; nothing is left behind.
-      FileNotFoundError: somebody has removed the unfinished file.
-    """
-    path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with os_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with durable_file(temporary) as file:
-                fill(file)
-            return _put(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _put(temporary, path):
-    """Gives the file its name unless that is taken, which renaming would not notice."""
-    if is_local(path):
-        try:
-            os.link(temporary, path)
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-    if path.exists():
-        return False
-    temporary.replace(path)
-    return True
-
-
 def crc_of_rows(x: Float[np.ndarray, "n h w c"]) -> UInt32[np.ndarray, "n"]:
     """The CRC-32 of the bytes of every image."""
     return np.array([isal_zlib.crc32(row) for row in np.ascontiguousarray(x)], np.uint32)
-
-
-def write_pairs(path, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes the pair file `path` as `write_new` does. The bytes depend on `arrays` alone."""
-    return write_new(path, lambda file: np.savez(file, **arrays))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8, UInt32
 
 import segments
+import utils
 from pairs import npz
-from utils import InputError, atomic_path
+from utils import InputError, os_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of how pairs follow from it
@@ -199,7 +200,7 @@ def read_manifest(folder) -> dict | None:
     """
     path = epath.Path(folder) / MANIFEST
     try:
-        with npz.os_errors():
+        with os_errors():
             if not path.exists():
                 return None
             manifest = json.loads(path.read_text())
@@ -254,14 +255,9 @@ def _are_boundaries(times):
     return True
 
 
-def _as_bytes(manifest: dict) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()
-
-
 def write_manifest(folder, manifest: dict) -> None:
     """Writes the manifest of the set in `folder`, whole or not at all."""
-    with atomic_path(epath.Path(folder) / MANIFEST) as temporary, npz.durable_file(temporary) as file:
-        file.write(_as_bytes(manifest))
+    utils.write_json(epath.Path(folder) / MANIFEST, manifest)
 
 
 def begin_manifest(plan: PairPlan, extra: dict) -> dict:
@@ -309,7 +305,7 @@ def _begun_manifest(plan, extra):
     if there:
         raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
     first = {"complete": False} | plan.definition() | extra
-    npz.write_new(plan.folder / MANIFEST, lambda file: file.write(_as_bytes(first)))
+    utils.write_json(plan.folder / MANIFEST, first, overwrite=False)
     return read_manifest(plan.folder)
 
 

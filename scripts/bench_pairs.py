@@ -30,6 +30,7 @@ import parallel
 import reflow
 import sampling
 import segments
+import utils
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 from pairs import npz
 from pairs import plan as pairplan
@@ -131,7 +132,7 @@ def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
         dataset_size=PAIRS,
     )
     pairplan.begin_manifest(plan, {})
-    write = median_seconds(lambda: npz.write_pairs(path, arrays))
+    write = median_seconds(lambda: utils.write_arrays(path, **arrays))
     pairplan.complete_manifest(plan)
     write_compressed = median_seconds(lambda: np.savez_compressed(compressed, **arrays))
     if "writing" in parts:
@@ -180,7 +181,7 @@ def bench_memory(report: Report, folder: Path) -> None:
     """Peak memory of readers in processes of their own; the large set is one file under many names."""
     arrays, peaks = cifar_pairs(), {}
     first = folder / "memory_1" / npz.file_name(1)
-    npz.write_pairs(first, arrays)
+    utils.write_arrays(first, **arrays)
     (folder / "memory_20").mkdir()
     for number in range(1, 21):
         os.link(first, folder / "memory_20" / npz.file_name(number))

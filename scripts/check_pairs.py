@@ -17,7 +17,7 @@ from etils import epath
 
 from pairs import npz, reader
 from pairs import plan as pairplan
-from utils import InputError
+from utils import InputError, os_errors
 
 
 def check_file(folder: epath.Path, manifest: dict | None, number: int) -> None:
@@ -79,7 +79,7 @@ def main() -> int:
         print("nothing is removed: without a manifest no run of gen_reflow could make these files again")
         return 1
     try:
-        with npz.os_errors():
+        with os_errors():
             pairplan.reopen_set(folder, broken)
     except OSError as error:
         print(f"{folder} cannot be changed: {error}; repair it where it can be written")

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import errno
-import functools
 import itertools
 import json
 import logging
@@ -13,7 +12,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import threading
 import time
 
 import jax
@@ -24,6 +22,7 @@ from scipy.integrate import solve_ivp
 
 import reflow
 import segments
+import utils
 from pairs import npz
 from pairs import plan as pairplan
 from utils import InputError
@@ -266,48 +265,6 @@ def test_a_wrong_file_is_made_again_wherever_its_repair_is_killed(
     assert pair_maker.digests(folder) == pair_maker.digests(whole_set)
 
 
-def test_a_file_that_somebody_else_has_made_by_now_stays(whole_set, other_set, tmp_path):
-    folder, read = tmp_path / "p", []
-
-    class Overtaken(pair_maker.Images):
-        def read(self, start, count):
-            read.append(start // 12 + 1)
-            if start == 24:  # of the third file: the one that is being made, and the one after it
-                shutil.copy(other_set / "reflow_batch_3.npz", folder)
-                shutil.copy(other_set / "reflow_batch_4.npz", folder)
-            return super().read(start, count)
-
-    summary = pair_maker.generate(folder, images=Overtaken())
-    assert read == [1, 2, 3, 5]
-    assert (summary.files, summary.pairs, summary.complete) == (4, 48, True)
-    for number in range(1, 6):
-        name, made_by = npz.file_name(number), other_set if number in (3, 4) else whole_set
-        assert (folder / name).read_bytes() == (made_by / name).read_bytes()
-    assert len(reflow.PairSet(folder)) == 60
-
-
-def test_two_workers_on_one_share_do_not_do_it_twice(tmp_path):
-    many = {"pairs": 480, "file_size": 12}
-    pair_maker.generate(tmp_path / "one", **many)
-
-    begin = threading.Barrier(2)
-
-    class SlowImages(pair_maker.Images):
-        def read(self, start, count):
-            if start == 0:
-                begin.wait(60)  # for the other worker, which begins with the first file too
-            time.sleep(0.02)
-            return super().read(start, count)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as both:
-        made = [both.submit(pair_maker.generate, tmp_path / "two", images=SlowImages(), **many) for _ in range(2)]
-    files = [summary.result().files for summary in made]
-    assert min(files) > 5
-    assert 40 <= sum(files) < 60  # 80 if both did everything
-    assert all(summary.result().complete for summary in made)
-    assert pair_maker.digests(tmp_path / "two") == pair_maker.digests(tmp_path / "one")
-
-
 def test_the_batch_of_a_device_and_the_bytes_do_not_depend_on_the_number_of_devices(tmp_path):
     ten_of_a_segment = {"pairs": 75, "file_size": 30}  # the last file is shorter
     child = pair_maker.process(devices=1, folder=tmp_path / "one", batch_size=4, **ten_of_a_segment)
@@ -495,25 +452,6 @@ def test_a_set_is_made_in_a_bucket(whole_set, tmp_path, monkeypatch):
         pair_maker.generate("gs://bucket/other")
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    safe, named = set(), []
-    fsync, link, replace = os.fsync, os.link, os.replace
-
-    def named_by(give_name, temporary, path):
-        named.append(os.path.basename(path))
-        assert os.path.basename(temporary) in safe
-        give_name(temporary, path)
-
-    def name_of(descriptor):
-        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (safe.add(name_of(descriptor)), fsync(descriptor)))
-    monkeypatch.setattr(os, "link", functools.partial(named_by, link))
-    monkeypatch.setattr(os, "replace", functools.partial(named_by, replace))
-    pair_maker.generate(tmp_path / "p", pairs=3)
-    assert named == ["manifest.json", "pairs.png", "reflow_batch_1.npz", "manifest.json"]
-
-
 def test_another_set_in_the_folder_is_refused_by_the_first_difference(whole_set, tmp_path):
     before = pair_maker.digests(whole_set)
     for changes, line in (
@@ -545,12 +483,12 @@ def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeyp
             time.sleep(0.01)
             yield result
 
-    def fail(path, arrays):
+    def fail(path, **_):
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(reflow, "_dispatched_ahead", counted)
     monkeypatch.setattr(reflow, "draw_pairs", lambda *_: None)
-    monkeypatch.setattr(npz, "write_pairs", fail)
+    monkeypatch.setattr(utils, "write_arrays", fail)
     with pytest.raises(InputError, match="is full"):
         pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)  # 150 groups a file
     assert 150 <= len(solved) < 225

@@ -1,5 +1,4 @@
 import json
-import math
 
 import numpy as np
 
@@ -54,12 +53,6 @@ def test_other_hosts_write_nothing(tmp_path):
     run.log(1, {"loss": 1.0})
     run.close()
     assert not any(tmp_path.iterdir())
-
-
-def test_json_has_no_nan(tmp_path):
-    tracking.write_json(tmp_path / "a.json", {"x": [1.0, math.inf], "y": {"z": float("nan")}})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.0, None], "y": {"z": None}}
-    assert tracking.read_json(tmp_path / "no.json", 5) == 5
 
 
 def test_grid_helper_is_what_pictures_show(tmp_path):

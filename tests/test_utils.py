@@ -1,26 +1,112 @@
+"""Files that are whole or absent, local and remote, and image grids."""
+
 import errno
+import json
+import math
+import threading
 
 import numpy as np
 import pytest
+from pair_maker import mount_bucket
 
 import utils
 
 
-def test_atomic_path_leaves_the_old_file_or_the_whole_new_one(tmp_path):
-    path = tmp_path / "a" / "file.txt"
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder on a disk or in a (local) bucket, and where its files really are."""
+    if request.param == "disk":
+        return tmp_path / "a", tmp_path / "a"
+    pytest.importorskip("tensorflow")
+    mount_bucket(monkeypatch, tmp_path)
+    return "gs://bucket/a", tmp_path / "a"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(folder):
+    path, real = f"{folder[0]}/file.txt", folder[1]
     with utils.atomic_path(path) as temporary:
         temporary.write_text("first")
-    full = OSError(errno.ENOSPC, "no space")
 
-    def half_written():
-        with utils.atomic_path(path) as temporary:
-            temporary.write_text("half")
-            raise full
+    def fail_halfway():
+        with utils.atomic_file(path) as file:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "no space")
 
     with pytest.raises(OSError, match="no space"):
-        half_written()
-    assert path.read_text() == "first"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+        fail_halfway()
+    assert (real / "file.txt").read_text() == "first"
+    assert [entry.name for entry in real.iterdir()] == ["file.txt"]
+
+
+def test_an_existing_file_is_replaced_unless_told_otherwise(folder):
+    path = f"{folder[0]}/file.json"
+    for value, overwrite, expected in ((1, False, 1), (2, False, 1), (3, True, 3)):
+        utils.write_json(path, value, overwrite=overwrite)
+        assert utils.read_json(path, None) == expected
+    assert [entry.name for entry in folder[1].iterdir()] == ["file.json"]
+
+
+def test_of_many_writers_of_a_new_file_exactly_one_succeeds(tmp_path):
+    path, barrier = tmp_path / "file.json", threading.Barrier(8)
+
+    def write(n):
+        with utils.atomic_file(path, overwrite=False) as file:
+            file.write(json.dumps([n] * 1000).encode())
+            barrier.wait(60)  # all have looked before the first is done
+        seen.append(path.read_bytes())
+
+    seen = []
+    threads = [threading.Thread(target=write, args=[n]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_disk_without_hard_links_still_keeps_an_existing_file(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(utils.os, "link", unsupported)
+    for value in (1, 2):
+        utils.write_json(tmp_path / "file.json", value, overwrite=False)
+    assert utils.read_json(tmp_path / "file.json", None) == 1
+
+
+def test_remote_errors_become_those_of_a_disk(tmp_path, monkeypatch):
+    tensorflow = pytest.importorskip("tensorflow")
+    for error, kind, number in (
+        (tensorflow.errors.NotFoundError, FileNotFoundError, errno.ENOENT),
+        (tensorflow.errors.PermissionDeniedError, OSError, errno.EACCES),
+        (tensorflow.errors.UnavailableError, OSError, errno.EREMOTEIO),
+    ):
+        with pytest.raises(kind, match="reason") as raised, utils.os_errors():
+            raise error(None, None, "reason\nand much more")
+        assert raised.value.errno == number
+        assert "more" not in str(raised.value)
+    with pytest.raises(ValueError, match="other"), utils.os_errors():
+        raise ValueError("other")
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
+    utils.write_json(tmp_path / "a.json", {"x": [1.0, math.inf], "y": {"z": float("nan")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.0, None], "y": {"z": None}}
+    (tmp_path / "b.json").write_text('{"x": ')
+    for name in ("missing.json", "b.json"):
+        assert utils.read_json(tmp_path / name, 5) == 5
+
+
+def test_arrays_have_the_same_bytes_every_time(tmp_path):
+    arrays = {"x": np.random.default_rng(0).standard_normal((30, 4)), "y": np.arange(3)}
+    for name in ("a.npz", "b.npz"):
+        utils.write_arrays(tmp_path / name, **arrays)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz") as file:
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file[name], array)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
