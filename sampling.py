@@ -16,7 +16,8 @@ os.environ.setdefault("EQX_ON_ERROR", "off")
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Real
 
 import segments
 from utils import InputError
@@ -126,21 +127,30 @@ def solve(
 def solve_segment(
     velocity,
     x: Float[Array, "b *image"],
-    t_start,
-    t_end,
-    index,
+    t_start: Real[ArrayLike, ""],
+    t_end: Real[ArrayLike, ""],
+    index: Int[ArrayLike, ""],
     *,
-    method: str = "ode",
-    tol: float | None = None,
+    tol: float,
     solver: str = "dopri5",
     error_norm: str = "batch",
 ) -> Samples:
-    """Solves one segment adaptively, from t_start down to t_end with head `index` (scalars, may be traced).
+    """Solves one segment adaptively, from t_start to t_end with the weights of segment `index`.
 
-    Pair generation calls it: one compiled program serves every segment. Arguments and errors as `solve`.
+    t_end < t_start goes towards the data, as sampling does; t_end > t_start is the same ODE backwards, from data
+    towards noise. The three scalars may be traced: one compiled program serves every segment and both directions.
+
+    Args:
+      velocity: (x [B, ...], t [B] in [0, 1], index [B] int32) -> dx/dtau [B, ...].
+      x: the state at t_start.
+      t_start, t_end: in [0, 1], not equal.
+      index: the segment's number, from 0 at the noise.
+      tol: rtol and atol.
+      solver, error_norm: as in `solve`.
+
+    Raises:
+      ValueError: a missing tol or an unknown name.
     """
-    if method != "ode":
-        raise ValueError(f"pairs are solved with adaptive steps: sampling.method='ode', got {method!r}")
     times = jnp.stack([jnp.asarray(t_start, jnp.float32), jnp.asarray(t_end, jnp.float32)])
     adaptive = _adaptive_segment_solver(velocity, tol, solver, error_norm, points=None)
     x, (nfe, nfe_each, _) = adaptive(x, (times[0], times[1], jnp.asarray(index, jnp.int32)))
@@ -272,23 +282,24 @@ def _root_mean_square(x):
 
 
 def _first_step(term, x, f0, span, tol, error_order):
-    """The first step's size as SciPy's RK45 chooses it (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
+    """The first step's length as SciPy's RK45 chooses it (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
 
     One call beyond f0. diffrax 0.7's own choice (dt0=None) is always 0.01: it looks for an ODETerm, and diffeqsolve
     hands it a wrapped one.
     """
     start, end = span
+    direction = jnp.where(start < end, 1, -1)
+    length = direction * (end - start)
 
-    def size(change):
+    def norm(change):
         return _root_mean_square(change / (tol + tol * jnp.abs(x)))
 
-    slope = size(f0)
-    trial = jnp.where((size(x) < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size(x) / slope)
-    trial = jnp.minimum(trial, end - start)
-    bend = size(term.vf(start + trial, x + trial * f0, None) - f0) / trial
-    steepest = jnp.maximum(slope, bend)
-    step = jnp.where(steepest <= 1e-15, jnp.maximum(1e-6, 1e-3 * trial), (0.01 / steepest) ** (1 / error_order))
-    return jnp.minimum(jnp.minimum(100 * trial, step), end - start)
+    d0, d1 = norm(x), norm(f0)
+    h0 = jnp.minimum(jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), length)
+    d2 = norm(term.vf(start + direction * h0, x + direction * h0 * f0, None) - f0) / h0
+    largest = jnp.maximum(d1, d2)
+    h1 = jnp.where(largest <= 1e-15, jnp.maximum(1e-6, 1e-3 * h0), (0.01 / largest) ** (1 / error_order))
+    return jnp.minimum(jnp.minimum(100 * h0, h1), length)
 
 
 class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
@@ -327,6 +338,7 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
 
 
 def _smallest_step(t):
+    # diffrax runs a backward solve in -t, so that the next float is always above.
     return SMALLEST_STEP * (jnp.nextafter(t, jnp.inf) - t)
 
 

@@ -82,7 +82,7 @@ def test_order_of_the_fixed_grid_samplers(predictor, order, boundaries):
 def scipy_solve(slope, z, boundaries, tol, method="RK45"):
     """SciPy in float64 over the flattened batch, started anew in each segment: the end and the calls.
 
-    `slope` is (x [B, ...], tau, segment) -> dx/dtau.
+    `slope` is (x [B, ...], tau, segment) -> dx/dtau. `boundaries` that rise from 0 to 1 solve backwards.
     """
     x, nfe = z.astype(np.float64), 0
     taus = segments.tau_of_t(np.array(boundaries, np.float64))
@@ -117,6 +117,63 @@ def test_the_tolerance_that_truncation_error_is_measured_against(boundaries):
     _, nfe = scipy_solve(lambda x, tau, i: gaussian_slope(x, tau), z, boundaries, 1e-6)
     assert rms(ours.x - gaussian_flow(z, 1.0)) < 1e-5
     assert int(ours.nfe) <= 1.25 * nfe + 12 * (len(boundaries) - 1)
+
+
+SPANS = [(0, 1), (0, 0.5), (0.25, 0.5), (0.5, 1), (0.05, 0.7)]
+
+
+@functools.cache
+def compiled_segment(velocity, tol, error_norm="batch"):
+    """`sampling.solve_segment` as one program for all times, forwards and backwards."""
+
+    def solve(x, t_start, t_end, index):
+        return sampling.solve_segment(velocity, x, t_start, t_end, index, tol=tol, error_norm=error_norm)
+
+    return jax.jit(solve)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_backward_segment_beside_scipy(tol, span):
+    t_end, t_start = span
+    tau_from, tau_to = segments.tau_of_t(t_end), segments.tau_of_t(t_start)
+    z = noise()
+    x = gaussian_flow(z, tau_from).astype(np.float32)
+    ours = compiled_segment(gaussian_velocity, tol)(x, t_end, t_start, 0)
+    theirs, nfe = scipy_solve(lambda x, tau, i: gaussian_slope(x, tau), x, span, tol)
+    exact = gaussian_flow(z, tau_to)
+    assert rms(ours.x - exact) <= 3 * rms(theirs - exact) + tol
+    assert abs(int(ours.nfe) - nfe) <= 6
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_backward_then_forward_is_where_it_came_from(span):
+    t_end, t_start = span
+    x = gaussian_flow(noise(), segments.tau_of_t(t_end)).astype(np.float32)
+    solve = compiled_segment(gaussian_velocity, 1e-5)
+    start = solve(x, t_end, t_start, 0).x
+    assert rms(start - x) > 0.05
+    assert rms(solve(start, t_start, t_end, 0).x - x) < 1e-4
+
+
+def test_backward_segment_uses_its_own_index_and_each_images_own_steps():
+    def velocity(x, t, index):
+        return gaussian_velocity(x, t, index) + index[:, None, None, None]
+
+    z = noise() * np.array([0.1, 1, 3, 10] * 4, np.float32).reshape(-1, 1, 1, 1)
+    together = compiled_segment(velocity, 1e-4, "sample")(z, 0.3, 0.8, 2)
+    theirs, _ = scipy_solve(lambda x, tau, i: gaussian_slope(x, tau) + 2.0, z, (0.3, 0.8), 1e-9)
+    assert rms((together.x - theirs) / np.maximum(1, np.abs(z))) < 1e-3
+    for image in range(4):
+        alone = compiled_segment(velocity, 1e-4)(z[image : image + 1], 0.3, 0.8, 2)
+        assert abs(int(together.nfe_each[image]) - int(alone.nfe)) <= 6
+
+
+@pytest.mark.parametrize("velocity", [lambda x, t, i: x**2 + 100.0, lambda x, t, i: jnp.full_like(x, jnp.nan)])
+def test_an_unreachable_tolerance_backwards_soon_gives_nan(velocity):
+    solved = compiled_segment(velocity, 1e-5)(-(noise()[:2] ** 2), 0.0, 1.0, 0)
+    assert np.isnan(np.asarray(solved.x)).all()
+    assert solved.nfe < 1000
 
 
 def test_the_error_estimate_is_that_of_scipys_dormand_prince():
