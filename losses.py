@@ -45,7 +45,8 @@ def rf_targets(keys: Key[Array, "b"], batch) -> Targets:
         return jax.random.normal(noise_key, (math.prod(data.shape[1:]),)).reshape(data.shape[1:]), tau
 
     noise, tau = jax.vmap(draw)(keys)
-    x = _between(1.0 - tau, data, noise)
+    u = 1.0 - tau
+    x = segments.noisy_image(data, noise, _per_image(1.0 - u))
     index = jnp.zeros(tau.shape, jnp.int32)
     return Targets(x=x, t=segments.t_of_tau(tau), index=index, velocity=data - noise)
 
@@ -71,14 +72,19 @@ def _pair_targets(u, batch) -> Targets:
         x=_between(u, batch["x0"], batch["x1"]),
         t=(1.0 - u) * batch["t0"] + u * batch["t1"],
         index=batch["index"],
-        velocity=(batch["x0"] - batch["x1"]) / taus[:, None, None, None],
+        velocity=(batch["x0"] - batch["x1"]) / _per_image(taus),
     )
 
 
 def _between(u, x_end, x_start):
     """x_u = (1 - u) x_end + u x_start, one u for each image."""
-    u = u[:, None, None, None]
+    u = _per_image(u)
     return (1.0 - u) * x_end + u * x_start
+
+
+def _per_image(values):
+    """[B] as [B, 1, 1, 1], to broadcast over images."""
+    return values[:, None, None, None]
 
 
 def example_keys(seed: int, step: Int[Array, ""], places: Int[Array, "b"]) -> Key[Array, "b"]:

@@ -28,6 +28,14 @@ def t_of_tau(tau):
     return 1.0 - (tau - EPS) / (1.0 - EPS)
 
 
+def noisy_image(data, noise, tau):
+    """x = tau data + (1 - tau) noise, the linear interpolation of arXiv 2209.03003; tau broadcasts against the images.
+
+    The pure noise that sampling starts from is tau = 0.
+    """
+    return tau * data + (1.0 - tau) * noise
+
+
 def label_of_t(t):
     """What the network is told instead of the time: 999 tau(t), in [0.999, 999]."""
     return LABEL_SCALE * tau_of_t(t)

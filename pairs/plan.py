@@ -177,9 +177,9 @@ def start_points(
 
     At t1 = 1 it is noise alone, whatever the image. The bits of a row depend on that row of the arguments only.
     """
-    data_weight = np.where(t1 == 1, 0, segments.tau_of_t(t1)).astype(np.float32)
+    tau = np.where(t1 == 1, 0, segments.tau_of_t(t1)).astype(np.float32)
     out = np.empty(images.shape, dtype)
-    for row, (image, weight) in enumerate(zip(images, data_weight, strict=True)):
+    for row, image in enumerate(images):
         random = np.random.Generator(np.random.Philox(key=key[row].astype(np.uint64)))
         noise = random.standard_normal(image.shape, np.float32)
         data = (image[:, ::-1] if flip[row] else image).astype(np.float32)
@@ -188,7 +188,7 @@ def start_points(
         data /= np.float32(256 if dequantize else 255)
         if centered:
             data = data * np.float32(2) - np.float32(1)
-        out[row] = weight * data + (np.float32(1) - weight) * noise
+        out[row] = segments.noisy_image(data, noise, tau[row])
     return out
 
 
