@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import logging
 import math
@@ -30,8 +29,7 @@ from pairs.reader import PairSet, count_of_file, images_of_file
 from utils import InputError
 
 __all__ = [
-    "PairPlan", "PairSet", "adaptive_boundaries", "claim_plan", "fingerprint", "generate", "plan_pairs",
-    "read_manifest", "worker_of",
+    "PairPlan", "PairSet", "adaptive_boundaries", "claim_plan", "generate", "plan_pairs", "read_manifest", "worker_of",
 ]  # fmt: skip
 
 BATCHES_AHEAD = 2  # handed to the devices before the first of them is waited for
@@ -81,16 +79,6 @@ def worker_of(text: str) -> tuple[int, int]:
     if not (slash and place.isdecimal() and workers.isdecimal() and 1 <= int(place) <= int(workers)):
         raise InputError(f"training.gen_worker = {text!r} is not of the form 'i/n' with 1 <= i <= n")
     return int(place), int(workers)
-
-
-def fingerprint(params) -> str:
-    """16 hexadecimal digits that tell one tree of weights from another, by names, shapes and values."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(leaf)
-    return digest.hexdigest()[:16]
 
 
 def generate(

@@ -177,22 +177,25 @@ def _first_state(config, workdir, stage, pairs, model, kept) -> tuple[losses.Tra
     boundaries, teacher = [1, 0], None
     if pairs is not None:
         boundaries, teacher = pairs.boundaries, pairs.manifest.get("teacher")
-    describe = functools.partial(checkpoints.describe, config, stage.name, boundaries, teacher=teacher)
+    metadata = functools.partial(checkpoints.make_metadata, config, stage.name, boundaries, teacher=teacher)
     fresh = jax.eval_shape(lambda: losses.initial_state(_random_weights(config, model), transformation))
-    state = kept.resume(fresh, describe())
+    state = kept.resume(fresh, metadata())
     if state is not None:
         logger.info("going on in %s from update %d", workdir / stage.name, state.step)
-        return state, describe(source=checkpoints.info_of(workdir / stage.name)["source"] or ""), False
-    source = sources.starting_source(config, workdir, stage.parent)
+        return state, metadata(source=checkpoints.read_metadata(workdir / stage.name)["source"]), False
+    if stage.parent is None:
+        source = sources.given_checkpoint(config)
+    else:
+        source = sources.starting_checkpoint(config, workdir / stage.parent)
     if source is None:
-        return losses.initial_state(_random_weights(config, model), transformation), describe(source="random"), True
+        return losses.initial_state(_random_weights(config, model), transformation), metadata(source="random"), True
     weights = source.load()
-    checkpoints.log_found(source.name, weights)
+    checkpoints.log_source(source.name, weights)
     if pairs is not None:
         distills = config.training.reflow_mode == "train_distill"
-        sources.refuse_foreign_pairs(pairs, source, weights, distills=distills)
+        sources.check_pairs_fit(pairs, source, weights, distills=distills)
     step = int(weights.step) if stage.parent is None else 0
-    return losses.initial_state(weights, transformation, step=step), describe(source=source.name), True
+    return losses.initial_state(weights, transformation, step=step), metadata(source=source.name), True
 
 
 def _update_until_done(run: _Run, stage, state, pairs):
@@ -380,9 +383,9 @@ def _generate_pairs(config, workdir, log_name):
     training, data = config.training, config.data
     place, workers = worker = reflow.worker_of(training.gen_worker)
     images = datasets.image_source(data)
-    source = sources.starting_source(config, workdir, "1_rf")
+    source = sources.starting_checkpoint(config, workdir / "1_rf")
     weights = source.load()
-    checkpoints.log_found(source.name, weights)
+    checkpoints.log_source(source.name, weights)
     model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
     plan = reflow.plan_pairs(
@@ -399,7 +402,7 @@ def _generate_pairs(config, workdir, log_name):
         flip=data.random_flip,
         dequantize=data.uniform_dequantization,
         seed=config.seed,
-        teacher=reflow.fingerprint(teacher),
+        teacher=checkpoints.fingerprint(teacher),
         tol=config.sampling.tol,
         solver=config.sampling.solver,
         error_norm=config.sampling.error_norm,
@@ -463,8 +466,8 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
         return
     config = _checked(config, "eval")
     workdir = epath.Path(workdir)
-    found = sources.sources_to_evaluate(config, workdir)
-    config.training.reflow_t = sources.evaluated_segments(config, found)
+    found = sources.checkpoints_to_evaluate(config, workdir / _evaluated_stage(config))
+    config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
     check_steps(config, "eval")
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
     features = _features(config, config.eval.num_samples)
@@ -496,7 +499,7 @@ def _evaluate_checkpoint(config, flow, params, step: int, features, folder, trac
 def _settings(config, flow, params, network) -> dict:
     """What a measurement depends on: where all of it is the same, measuring again gives the same."""
     return {
-        "weights": reflow.fingerprint(params),
+        "weights": checkpoints.fingerprint(params),
         "sampling": config.sampling.to_dict() | {"num_scales": config.model.num_scales},
         "boundaries": [float(b) for b in flow.boundaries],
         "measured_boundaries": [float(b) for b in _measured_boundaries(config, flow)],
@@ -512,12 +515,17 @@ def _settings(config, flow, params, network) -> dict:
     }
 
 
+def _evaluated_stage(config) -> str:
+    if config.model.rf_phase == 1:
+        return STAGES["1_rf"].name
+    return STAGES[config.eval.reflow_mode.replace("eval", "train")].name
+
+
 def _model_name(config) -> str:
     """As the paper calls it: 1-RF, k-SeqRF or k-SeqRF-Distill."""
     if config.model.rf_phase == 1:
         return "1-RF"
-    distilled = sources.EVALUATED[config.eval.reflow_mode] == "2_distill"
-    return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if distilled else "")
+    return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if config.eval.reflow_mode == "eval_distill" else "")
 
 
 def _sampler_name(config) -> str:

@@ -1,4 +1,4 @@
-"""Where a job's weights, pairs and boundaries come from (design.md section 6), and whether they fit together."""
+"""Where a job's weights, pairs and boundaries come from, and whether they fit together."""
 
 import dataclasses
 import logging
@@ -14,108 +14,107 @@ import datasets
 import models
 import reflow
 import segments
-from configs.check import is_given
+from configs.default import is_given
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
 PAIRS = epath.Path("samples") / "reflow_batch"
-EVALUATED = {"eval_reflow": "2_rf", "eval_distill": "2_distill"}
-TORCH_INFO = {"stage": "1_rf", "k": 1, "boundaries": [1.0, 0.0]}  # all that a PyTorch checkpoint can be
+TORCH_METADATA = {"stage": "1_rf", "k": 1, "boundaries": [1.0, 0.0]}  # a PyTorch checkpoint is a 1-RF
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Weights that a job starts from or measures, not loaded yet.
+class CheckpointRef:
+    """A checkpoint that a job starts from or evaluates, not loaded yet.
 
     Attributes:
-      name: where they are.
-      info: what was noted beside them, `checkpoints.describe`: stage, k, boundaries, teacher.
+      name: its path.
+      metadata: `checkpoints.make_metadata`: stage, k, boundaries, teacher.
       load: () -> `models.Weights` with the run's number of heads.
     """
 
     name: str
-    info: dict[str, Any]
+    metadata: dict[str, Any]
     load: Callable[[], models.Weights]
 
     @property
     def boundaries(self) -> Float[np.ndarray, "boundaries"]:
         """[k + 1] in t, of the segments that the weights were trained on."""
-        return segments.checked_boundaries(self.info["boundaries"])
+        return segments.checked_boundaries(self.metadata["boundaries"])
 
 
-def starting_source(config, workdir, parent: str | None) -> Source | None:
-    """What a job starts from: given by the user, else the last checkpoint of the stage before; None: random weights.
+def checkpoint_at(path, config) -> CheckpointRef:
+    """The checkpoint at `path`, as `checkpoints.load_weights` takes it. Raises InputError where there is none."""
+    return CheckpointRef(str(path), checkpoints.read_metadata(path), lambda: checkpoints.load_weights(path, config))
+
+
+def given_checkpoint(config) -> CheckpointRef | None:
+    """What the user gives as training.import_torch or else training.import_flax; None: neither."""
+    torch_path, flax_path = config.training.import_torch, config.training.import_flax
+    if is_given(torch_path):
+        return CheckpointRef(str(torch_path), TORCH_METADATA, lambda: models.import_torch(torch_path, config))
+    return checkpoint_at(flax_path, config) if is_given(flax_path) else None
+
+
+def starting_checkpoint(config, parent: epath.Path) -> CheckpointRef:
+    """What a stage starts from: given by the user, else the last snapshot of the stage before, in the folder `parent`.
 
     Raises:
       InputError: nothing found; the message says where it looked.
     """
-    given = _given_source(config)
-    if given is not None or parent is None:
+    if (given := given_checkpoint(config)) is not None:
         return given
-    if not checkpoints.steps_in(workdir / parent):
+    if not checkpoints.steps_in(parent):
         raise InputError(
             f"no weights to start from: training.import_torch and training.import_flax are not given and "
-            f"{workdir / parent / 'checkpoints'} has no checkpoint; train that stage first or give one"
+            f"{parent / 'checkpoints'} has no checkpoint; train that stage first or give one"
         )
-    return _our_source(workdir / parent, config)
+    return checkpoint_at(parent, config)
 
 
-def _given_source(config) -> Source | None:
-    torch_path, flax_path = config.training.import_torch, config.training.import_flax
-    if is_given(torch_path):
-        return Source(str(torch_path), TORCH_INFO, lambda: models.import_torch(torch_path, config))
-    return _our_source(flax_path, config) if is_given(flax_path) else None
-
-
-def _our_source(path, config) -> Source:
-    return Source(str(path), checkpoints.info_of(path), lambda: checkpoints.load_weights(path, config))
-
-
-def sources_to_evaluate(config, workdir) -> dict[int | None, Source]:
-    """The checkpoints that an evaluation was asked for, by step; what the user gave has the step None until loaded.
+def checkpoints_to_evaluate(config, stage_folder: epath.Path) -> dict[int | None, CheckpointRef]:
+    """The checkpoints that an evaluation was asked for, by step; one given by the user has the step None until loaded.
 
     Raises:
       InputError: there is none.
     """
-    if (given := _given_source(config)) is not None:
+    if (given := given_checkpoint(config)) is not None:
         return {None: given}
-    stage = "1_rf" if config.model.rf_phase == 1 else EVALUATED[config.eval.reflow_mode]
-    there, wanted = checkpoints.steps_in(workdir / stage), config.eval
+    folder, wanted = stage_folder / "checkpoints", config.eval
+    found = checkpoints.steps_in(stage_folder)
     steps = [
         step
-        for step in there
+        for step in found
         if wanted.begin_step <= step <= wanted.end_step and (step - wanted.begin_step) % wanted.interval_step == 0
     ]
     if not steps:
         raise InputError(
-            f"no checkpoint to evaluate in {workdir / stage / 'checkpoints'}: it has {there or 'none'}, asked for are "
+            f"no checkpoint to evaluate in {folder}: it has {found or 'none'}, asked for are "
             f"eval.begin_step={wanted.begin_step} to end_step={wanted.end_step} by interval_step={wanted.interval_step}"
         )
-    return {step: _our_source(workdir / stage / "checkpoints" / str(step), config) for step in steps}
+    return {step: checkpoint_at(folder / str(step), config) for step in steps}
 
 
-def evaluated_segments(config, sources) -> int:
-    """k of an evaluation: training.reflow_t, or where that is left at 1, as the checkpoints have it.
+def evaluated_segments(config, checkpoint: CheckpointRef) -> int:
+    """k of an evaluation: training.reflow_t, or where that is 1, the checkpoint's.
 
     Raises:
-      InputError: a reflow stage's checkpoint has another k than the run says.
+      InputError: a reflow stage's checkpoint has another k than the run.
     """
-    source = next(iter(sources.values()))
-    k, asked = source.info["k"], config.training.reflow_t
-    if config.model.rf_phase == 1 or (asked != 1 and source.info["stage"] not in EVALUATED.values()):
+    k, asked = checkpoint.metadata["k"], config.training.reflow_t
+    if config.model.rf_phase == 1 or (asked != 1 and not checkpoint.metadata["stage"].startswith("2_")):
         return asked  # one head, to be copied
     if asked not in (1, k):
-        raise InputError(f"{source.name} has k = {k} segments, this run says training.reflow_t={asked}; use {k}")
+        raise InputError(f"{checkpoint.name} has k = {k} segments, this run has training.reflow_t={asked}; use {k}")
     return k
 
 
-def evaluated_boundaries(config, workdir, source: Source) -> Float[np.ndarray, "boundaries"]:
+def evaluated_boundaries(config, workdir, checkpoint: CheckpointRef) -> Float[np.ndarray, "boundaries"]:
     """The segments that a checkpoint is sampled on: its own; of one head that was copied, those of this workdir's pairs
     where they have as many, else uniform ones."""
     k = config.training.reflow_t
-    if source.info["k"] == k:
-        return source.boundaries
+    if checkpoint.metadata["k"] == k:
+        return checkpoint.boundaries
     manifest = reflow.read_manifest(workdir / PAIRS)
     if manifest is not None and manifest["k"] == k:
         return segments.checked_boundaries(manifest["boundaries"])
@@ -123,12 +122,12 @@ def evaluated_boundaries(config, workdir, source: Source) -> Float[np.ndarray, "
 
 
 def open_pairs(config, workdir) -> reflow.PairSet:
-    """The pairs of this workdir, refused where they were made for another k, size or range."""
-    expect = {
-        "k": config.training.reflow_t,
-        "image_shape": image_shape(config),
-        "centered": config.data.centered,
-    }
+    """The pair set of this workdir.
+
+    Raises:
+      InputError: there is none, or it was made for another k, image size or range.
+    """
+    expect = {"k": config.training.reflow_t, "image_shape": image_shape(config), "centered": config.data.centered}
     if config.training.adaptive_interval:
         expect["adaptive"] = True
     folder = workdir / PAIRS
@@ -140,24 +139,25 @@ def open_pairs(config, workdir) -> reflow.PairSet:
     return pairs
 
 
-def refuse_foreign_pairs(pairs: reflow.PairSet, source: Source, weights: models.Weights, *, distills: bool):
-    """Raises InputError where the weights that a reflow stage starts from have nothing to do with its pairs.
+def check_pairs_fit(pairs: reflow.PairSet, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool):
+    """Raises InputError where the weights that a reflow stage starts from do not belong to its pairs.
 
     k-SeqRF starts from the teacher that made the pairs, or from a student of it; its distillation from any model with
     the pairs' segments but a student of another teacher.
     """
-    if source.info["k"] == pairs.k and not np.allclose(source.boundaries, pairs.boundaries, rtol=0, atol=1e-6):
+    metadata = checkpoint.metadata
+    if metadata["k"] == pairs.k and not np.allclose(checkpoint.boundaries, pairs.boundaries, rtol=0, atol=1e-6):
         raise InputError(
-            f"{source.name} has the boundaries {source.info['boundaries']}, the pairs in {pairs.folder} "
+            f"{checkpoint.name} has the boundaries {metadata['boundaries']}, the pairs in {pairs.folder} "
             f"{pairs.boundaries.tolist()}; start from the model that was trained on them"
         )
-    made_by, learned_from = pairs.manifest.get("teacher"), source.info.get("teacher")
-    own = reflow.fingerprint(weights.ema_params)
-    if made_by in (None, own, learned_from) or (distills and learned_from is None):
+    teacher, trained_on = pairs.manifest.get("teacher"), metadata.get("teacher")
+    own = checkpoints.fingerprint(weights.ema_params)
+    if teacher in (None, own, trained_on) or (distills and trained_on is None):
         return
     raise InputError(
-        f"the pairs in {pairs.folder} were made by teacher {made_by}, this run starts from {learned_from or own} "
-        f"({source.name}); start from the same checkpoint, or make new pairs in another workdir"
+        f"the pairs in {pairs.folder} were made by teacher {teacher}, this run starts from {trained_on or own} "
+        f"({checkpoint.name}); start from the same checkpoint, or make new pairs in another workdir"
     )
 
 

@@ -1,6 +1,7 @@
 """Whether a configuration can work: every value that is wrong for a job is named before any work is done."""
 
 import segments
+from configs.default import is_given
 from utils import InputError
 
 SOLVERS = ("dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
@@ -57,11 +58,6 @@ RANGES = {
     "eval.segments": (0, None),
     "eval.ema_rate": (0, 1),
 }
-
-
-def is_given(value: str) -> bool:
-    """Whether a path setting names something: 'none' and the empty string do not."""
-    return value.lower() not in ("", "none")
 
 
 def check_config(config, mode: str):

@@ -6,6 +6,11 @@ Override any of them on the command line: --config.<section>.<key>=<value>.
 import ml_collections
 
 
+def is_given(path: str) -> bool:
+    """Whether a path setting names something: 'none' and the empty string do not."""
+    return path.lower() not in ("", "none")
+
+
 def get_default_config() -> ml_collections.ConfigDict:
     """The whole configuration, for 32 x 32 colour images, with the public 1-RF settings for CIFAR-10."""
     config = ml_collections.ConfigDict()

@@ -8,7 +8,7 @@ import types
 
 import ml_collections
 
-from configs.check import is_given
+from configs.default import is_given
 from utils import InputError
 
 

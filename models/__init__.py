@@ -1,6 +1,6 @@
 """The velocity networks: made from a configuration, filled from a checkpoint."""
 
-from models.factory import create_model, expand_heads, init_params, velocity_fn, weight_shapes
+from models.factory import create_model, expand_heads, init_params, network_identity, velocity_fn, weight_shapes
 from models.torch_checkpoint import Weights, export_torch, import_torch
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "export_torch",
     "import_torch",
     "init_params",
+    "network_identity",
     "velocity_fn",
     "weight_shapes",
 ]

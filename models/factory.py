@@ -1,4 +1,4 @@
-"""Networks from configurations: every option checked, weights made, heads copied."""
+"""Networks from configurations: the table of the network's options, weights made, heads copied."""
 
 import functools
 import numbers
@@ -14,7 +14,7 @@ from models.layers import NONLINEARITIES
 from models.ncsnpp import NCSNpp
 from utils import InputError
 
-# Options of config.model that take one of a few values; the first is what a configuration without the key means.
+# The options of config.model; the first choice, or the default, is what a configuration without the key means.
 CHOICES = {
     "embedding_type": ("positional", "fourier"),
     "resblock_type": ("biggan", "ddpm"),
@@ -22,110 +22,114 @@ CHOICES = {
     "progressive_input": ("none", "input_skip", "residual"),
     "progressive_combine": ("sum", "cat"),
     "nonlinearity": tuple(NONLINEARITIES),
+    "conditional": (True, False),
+    "resamp_with_conv": (True, False),
+    "fir": (False, True),
+    "skip_rescale": (True, False),
+    "scale_by_sigma": (False, True),
 }
-# What other families of the public code vary and this one does not: checked, then dropped.
-CONSTANTS = {
-    "name": ("ncsnpp",),
-    "attention_type": ("ddpm",),
-    "normalization": ("GroupNorm",),
-    "conv_size": (3,),
-}
-FLAGS = {
-    "conditional": True,
-    "resamp_with_conv": True,
-    "fir": False,
-    "skip_rescale": True,
-    "scale_by_sigma": False,
-}
-# name: (default, lowest, highest, whole numbers only)
+# Options of the public code that have one value in this family: checked, then dropped.
+CONSTANTS = {"name": ("ncsnpp",), "attention_type": ("ddpm",), "normalization": ("GroupNorm",), "conv_size": (3,)}
+# name: (default, lowest, highest, type); a tuple as default: a list of such numbers
 NUMBERS = {
-    "nf": (128, 4, 65_536, True),
-    "num_res_blocks": (4, 1, 1_000, True),
-    "dropout": (0.0, 0.0, 0.999, False),
-    "fourier_scale": (16, 0.0, 1e6, False),
-    "init_scale": (0.0, 0.0, 1e6, False),
-    "sigma_min": (0.01, 1e-12, 1e12, False),
-    "sigma_max": (50.0, 1e-12, 1e12, False),
+    "nf": (128, 4, 65_536, int),
+    "ch_mult": ((1, 2, 2, 2), 1, 1_000, int),
+    "num_res_blocks": (4, 1, 1_000, int),
+    "attn_resolutions": ((16,), 1, 65_536, int),
+    "dropout": (0.0, 0.0, 0.999, float),
+    "fourier_scale": (16, 0.0, 1e6, float),
+    "fir_kernel": ((1, 3, 3, 1), -1e6, 1e6, float),
+    "init_scale": (0.0, 0.0, 1e6, float),
+    "sigma_min": (0.01, 1e-12, 1e12, float),
+    "sigma_max": (50.0, 1e-12, 1e12, float),
 }
+NOT_IDENTITY = ("dropout", "init_scale")  # they matter while a network is trained or made
 
 
-def _choice(options, name: str, allowed: tuple):
-    value = options.get(name, allowed[0])
+def _choice(name: str, value, allowed: tuple):
+    value = allowed[0] if value is None else value
     matches = [choice for choice in allowed if str(value).lower() == str(choice).lower()]
-    if not matches:
-        raise InputError(f"config.model.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
+    if not matches or isinstance(allowed[0], bool) != isinstance(value, bool):
+        raise InputError(f"config.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
     return matches[0]
 
 
-def _flag(options, name: str, default: bool, section: str = "model") -> bool:
-    value = options.get(name, default)
-    if not isinstance(value, bool):
-        raise InputError(f"config.{section}.{name} = {value!r}: use True or False")
-    return value
+def _number(name: str, value, default, lowest, highest, kind: type):
+    value = default if value is None else value
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple):
+            raise InputError(f"config.{name} = {value!r}: use a list of numbers")
+        return tuple(_number(name, item, None, lowest, highest, kind) for item in value)
+    expected = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, expected) or isinstance(value, bool) or not lowest <= value <= highest:
+        whole = "whole " if kind is int else ""
+        raise InputError(f"config.{name} = {value!r}: use a {whole}number from {lowest:g} to {highest:g}")
+    return kind(value)
 
 
-def _number(value, name: str, lowest, highest, whole: bool):
-    kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not lowest <= value <= highest:
+def network_settings(config) -> dict[str, dict]:
+    """The settings of sections data and model that a network is built from, checked: {"data": ..., "model": ...}.
+
+    Args:
+      config: with the sections data and model; absent keys, or None, of model mean the defaults in this module.
+
+    Raises:
+      InputError: a value that the family does not have; the message names the option and its allowed values.
+    """
+    data, model = config.data, config.model
+    for name, allowed in CONSTANTS.items():
+        _choice(f"model.{name}", model.get(name), allowed)
+    settings = {name: _choice(f"model.{name}", model.get(name), allowed) for name, allowed in CHOICES.items()}
+    settings |= {name: _number(f"model.{name}", model.get(name), *limits) for name, limits in NUMBERS.items()}
+    if sum(settings["fir_kernel"]) == 0:
+        raise InputError(f"config.model.fir_kernel = {settings['fir_kernel']}: its sum must not be 0")
+    if not settings["ch_mult"]:
+        raise InputError("config.model.ch_mult = (): use a list of at least 1 number")
+    size = _number("data.image_size", data.image_size, None, 1, 65_536, int)
+    halvings = len(settings["ch_mult"]) - 1
+    if size % 2**halvings:
         raise InputError(
-            f"config.{name} = {value!r}: use a {'whole ' if whole else ''}number from {lowest:g} to {highest:g}"
+            f"config.data.image_size = {size}: the {halvings + 1} resolutions of config.model.ch_mult halve it "
+            f"{halvings} times, so use a multiple of {2**halvings}"
         )
-    return int(value) if whole else float(value)
+    images = {
+        "image_size": size,
+        "num_channels": _number("data.num_channels", data.get("num_channels"), 3, 1, 65_536, int),
+        "centered": _choice("data.centered", data.get("centered"), (True, False)),
+    }
+    return {"data": images, "model": settings}
 
 
-def _numbers(values, name: str, lowest, highest, whole: bool, fewest: int = 1) -> tuple:
-    if not isinstance(values, list | tuple) or len(values) < fewest:
-        raise InputError(f"config.{name} = {values!r}: use a list of at least {fewest} number(s)")
-    return tuple(_number(value, name, lowest, highest, whole) for value in values)
+def network_identity(config) -> dict[str, dict]:
+    """The `network_settings` that make two networks different: without those that only matter in training, and with
+    None for those that this network does not use. Errors as there."""
+    settings = network_settings(config)
+    model = {name: value for name, value in settings["model"].items() if name not in NOT_IDENTITY}
+    if not model["fir"]:
+        model["fir_kernel"] = None
+    if not create_model(config).uses_sigma_table:
+        model |= {"sigma_min": None, "sigma_max": None}
+    return {"data": settings["data"], "model": model}
 
 
 def model_options(config) -> dict:
-    """The fields of `NCSNpp` that `config` asks for, all checked.
-
-    Args:
-      config: with the sections data and model and perhaps training (absent: one head); absent keys of model mean the
-        defaults in this module.
+    """The fields of `NCSNpp` for a configuration, checked; without a section training: one head.
 
     Raises:
-      InputError: a value that the family does not have; the message names the option and what it may be.
+      InputError: as `network_settings`.
     """
-    model, data = config.model, config.data
-    for name, allowed in CONSTANTS.items():
-        _choice(model, name, allowed)
-    choices = {name: _choice(model, name, allowed) for name, allowed in CHOICES.items()}
-    flags = {name: _flag(model, name, default) for name, default in FLAGS.items()}
-    sizes = {
-        name: _number(model.get(name, default), f"model.{name}", *limits)
-        for name, (default, *limits) in NUMBERS.items()
-    }
-    fir_kernel = _numbers(model.get("fir_kernel", (1, 3, 3, 1)), "model.fir_kernel", -1e6, 1e6, False)
-    resolutions = model.get("attn_resolutions", (16,))
-    if sum(fir_kernel) == 0:
-        raise InputError(f"config.model.fir_kernel = {fir_kernel!r}: its sum must not be 0")
-    ch_mult = _numbers(model.get("ch_mult", (1, 2, 2, 2)), "model.ch_mult", 1, 1_000, True)
-    training = config.get("training") or {}
+    settings = network_settings(config)
+    images, options = settings["data"], settings["model"]
+    fir = options.pop("fir")
+    heads = (config.get("training") or {}).get("reflow_t")
     return {
-        **choices,
-        **{name: value for name, value in flags.items() if name != "fir"},
-        **sizes,
-        "fir_kernel": fir_kernel if flags["fir"] else None,
-        "ch_mult": ch_mult,
-        "attn_resolutions": _numbers(resolutions, "model.attn_resolutions", 1, 65_536, True, fewest=0),
-        "image_size": _image_size(data, levels=len(ch_mult)),
-        "channels": _number(data.get("num_channels", 3), "data.num_channels", 1, 65_536, True),
-        "centered": _flag(data, "centered", True, "data"),
-        "heads": _number(training.get("reflow_t", 1), "training.reflow_t", 1, 65_536, True),
+        **options,
+        "fir_kernel": options["fir_kernel"] if fir else None,
+        "image_size": images["image_size"],
+        "channels": images["num_channels"],
+        "centered": images["centered"],
+        "heads": _number("training.reflow_t", heads, 1, 1, 65_536, int),
     }
-
-
-def _image_size(data, levels: int) -> int:
-    size = _number(data.image_size, "data.image_size", 1, 65_536, True)
-    if size % 2 ** (levels - 1):
-        raise InputError(
-            f"config.data.image_size = {size}: the {levels} resolutions of config.model.ch_mult halve it {levels - 1} "
-            f"times, so use a multiple of {2 ** (levels - 1)}"
-        )
-    return size
 
 
 def create_model(config) -> NCSNpp:

@@ -19,7 +19,7 @@ def main(arguments=None) -> int:
         import models
 
         # With as many heads as it has: PyTorch's format has room for one, which is what a refusal should say.
-        config.training.reflow_t = checkpoints.info_of(checkpoint)["k"]
+        config.training.reflow_t = checkpoints.read_metadata(checkpoint)["k"]
         weights = checkpoints.load_weights(checkpoint, config)
         models.export_torch(weights, config, out)
         return weights

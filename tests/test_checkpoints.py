@@ -46,14 +46,14 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def info(config, stage="1_rf"):
-    return checkpoints.describe(config, stage, np.linspace(1, 0, config.training.reflow_t + 1))
+def metadata(config, stage="1_rf"):
+    return checkpoints.make_metadata(config, stage, np.linspace(1, 0, config.training.reflow_t + 1))
 
 
 def saved(folder, config, weights, *steps, keep=True):
     kept = checkpoints.RunCheckpoints(folder)
     for step in steps:
-        kept.save(state_of(weights, step), info(config), keep=keep)
+        kept.save(state_of(weights, step), metadata(config), keep=keep)
     kept.close()
 
 
@@ -64,7 +64,7 @@ def test_a_state_comes_back_bit_for_bit_and_the_latest_counts(tmp_path, weights)
     assert checkpoints.steps_in(tmp_path / "1_rf") == [0, 10]
     kept = checkpoints.RunCheckpoints(tmp_path / "1_rf")
     like = jax.eval_shape(lambda: state_of(weights, 0))
-    state = kept.resume(like, info(config))
+    state = kept.resume(like, metadata(config))
     kept.close()
     same(state, state_of(weights, 15))
     assert not (tmp_path / "1_rf" / "checkpoints-meta" / "5").exists()
@@ -76,7 +76,7 @@ def test_another_network_is_not_resumed(tmp_path, weights):
     other = tiny_config()
     other.model.nf = 8
     with pytest.raises(InputError, match="another --workdir"):
-        kept.resume(jax.eval_shape(lambda: state_of(weights, 0)), info(other))
+        kept.resume(jax.eval_shape(lambda: state_of(weights, 0)), metadata(other))
     kept.close()
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
     saved(tmp_path / "1_rf", config, weights, 10)
     folder = tmp_path / "1_rf" / "checkpoints" / "10"
     (folder / "state" / "manifest.ocdbt").write_bytes(b"broken")
-    with pytest.raises(InputError, match="not a whole checkpoint"):
+    with pytest.raises(InputError, match="incomplete or corrupt checkpoint"):
         checkpoints.load_weights(folder, config)
 
 
@@ -141,7 +141,7 @@ UNEVEN = [1.0, 0.7, 0.0]
 
 def learned(folder, weights, **more):
     """A stage's folder with one checkpoint of two uneven segments."""
-    noted = checkpoints.describe(tiny_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
+    noted = checkpoints.make_metadata(tiny_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
     kept = checkpoints.RunCheckpoints(folder)
     kept.save(state_of(expanded(weights, 2), 10), {**noted, **more}, keep=True)
     kept.close()
@@ -156,7 +156,7 @@ def expanded(weights, k):
 def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
     learned(tmp_path / "2_rf", weights)
     (tmp_path / "2_rf" / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"broken")
-    noted = checkpoints.info_of(tmp_path / place)
+    noted = checkpoints.read_metadata(tmp_path / place)
     assert (noted["stage"], noted["k"], noted["boundaries"]) == ("2_rf", 2, UNEVEN)
     assert (noted["source"], noted["teacher"]) == ("runs/a", "0f")
 
@@ -164,11 +164,11 @@ def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
 def test_an_exported_file_keeps_uneven_boundaries(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
     checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2), UNEVEN, teacher="0f")
-    assert checkpoints.info_of(path)["boundaries"] == UNEVEN
-    assert checkpoints.info_of(path)["teacher"] == "0f"
+    assert checkpoints.read_metadata(path)["boundaries"] == UNEVEN
+    assert checkpoints.read_metadata(path)["teacher"] == "0f"
     checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2))
-    assert checkpoints.info_of(path)["boundaries"] == [1.0, 0.5, 0.0]
-    assert checkpoints.info_of(path)["teacher"] is None
+    assert checkpoints.read_metadata(path)["boundaries"] == [1.0, 0.5, 0.0]
+    assert checkpoints.read_metadata(path)["teacher"] is None
 
 
 def without(description, *path):
@@ -178,7 +178,7 @@ def without(description, *path):
     del description[key]
 
 
-def respoken(path, change):
+def rewritten(path, change):
     """The exported file `path` with its description changed by change(description)."""
     with path.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -187,43 +187,26 @@ def respoken(path, change):
     save_file(load_file(path), path, {"seqrf": json.dumps(description)})
 
 
-def test_what_older_versions_did_not_note_is_said(tmp_path, weights):
+def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
     path, config = tmp_path / "exported.safetensors", tiny_config()
     checkpoints.export_file(path, weights, config)
-    respoken(path, lambda d: (without(d, "source"), without(d, "teacher"), without(d, "model", "sigma_max")))
-    assert checkpoints.info_of(path)["source"] is checkpoints.info_of(path)["teacher"] is None
-    same(checkpoints.load_weights(path, config).params, weights.params)
-    respoken(path, lambda d: without(d, "model", "fir"))
-    with pytest.raises(InputError, match=r"does not say its network's model\.fir, which older versions did not note"):
+    rewritten(path, lambda d: d["model"].update(nf="many"))
+    with pytest.raises(InputError, match=r"incomplete or corrupt checkpoint: config\.model\.nf = 'many'"):
         checkpoints.load_weights(path, config)
-    respoken(path, lambda d: without(d, "model"))
-    with pytest.raises(InputError, match=r"exported .*: its description lacks 'model'"):
+    rewritten(path, lambda d: without(d, "model"))
+    with pytest.raises(InputError, match=r"exported .*: its metadata lacks 'model'"):
         checkpoints.load_weights(path, config)
-    respoken(path, lambda d: d.update(model={}, k=3))
+    rewritten(path, lambda d: d.update(model={}, k=3))
     with pytest.raises(InputError, match="k = 3 and 2 boundaries"):
-        checkpoints.info_of(path)
+        checkpoints.read_metadata(path)
 
 
-def test_a_run_of_an_older_version_is_resumed_unless_it_may_be_another_network(tmp_path, weights):
-    config = tiny_config()
-    like = jax.eval_shape(lambda: state_of(weights, 0))
-
-    def resumed(step):
-        noted = info(config)
-        del noted["model"]["sigma_min"], noted["model"]["sigma_max"], noted["teacher"]
-        kept = checkpoints.RunCheckpoints(tmp_path)
-        kept.save(state_of(weights, step), noted, keep=True)
-        kept.close()
-        kept = checkpoints.RunCheckpoints(tmp_path)
-        try:
-            return kept.resume(like, info(config)).step
-        finally:
-            kept.close()
-
-    assert resumed(3) == 3
-    config.model.scale_by_sigma = True
-    with pytest.raises(InputError, match=r"does not say its network's model\.sigma_min"):
-        resumed(4)
+def test_metadata_written_before_the_options_were_normalised_names_the_same_network(tmp_path, weights):
+    path, config = tmp_path / "exported.safetensors", tiny_config()
+    checkpoints.export_file(path, weights, config)
+    raw = {"fir_kernel": [1, 3, 3, 1], "fourier_scale": 16, "sigma_min": None, "nonlinearity": "Swish"}
+    rewritten(path, lambda d: d["model"].update(raw))
+    same(checkpoints.load_weights(path, config).params, weights.params)
 
 
 def test_noise_levels_matter_where_the_network_uses_them(tmp_path, weights):
@@ -283,7 +266,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     for content in (b"", b"PK\x03\x04 and more than eight", (2).to_bytes(8, "little") + b"{}"):
         path = tmp_path / "file"
         path.write_bytes(content)
-        for read in (checkpoints.info_of, checkpoints.load_with_info):
+        for read in (checkpoints.read_metadata, checkpoints.restore):
             with pytest.raises(InputError, match="not a file that SeqRF exported"):
                 read(path)
 
@@ -307,3 +290,11 @@ def test_a_bucket_is_no_folder_of_this_machine(tmp_path, monkeypatch):
     for path in ("gs://bucket/run", epath.Path("gs://bucket/run")):
         assert str(checkpoints._manager(path, max_to_keep=1).directory) == "gs://bucket/run"
     assert str(checkpoints._manager("run", max_to_keep=1).directory) == str(tmp_path / "run")
+
+
+def test_fingerprint_tells_weights_apart():
+    params = {"a": jax.numpy.ones((2, 3)), "b": {"c": jax.numpy.zeros(4)}}
+    same = {"b": {"c": np.zeros(4, np.float32)}, "a": np.ones((2, 3), np.float32)}
+    assert checkpoints.fingerprint(params) == checkpoints.fingerprint(same)
+    for other in ({"a": params["a"]}, params | {"a": params["a"].at[1, 2].set(1.001)}, params | {"a": params["a"].T}):
+        assert checkpoints.fingerprint(other) != checkpoints.fingerprint(params)

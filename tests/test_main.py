@@ -146,8 +146,8 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     said, _ = alone.communicate(timeout=120)
     assert alone.returncode == 0, said
 
-    one, _ = checkpoints.load_with_info(tmp_path / "one" / "1_rf")
-    two, _ = checkpoints.load_with_info(tmp_path / "two" / "1_rf")
+    one, _ = checkpoints.restore(tmp_path / "one" / "1_rf")
+    two, _ = checkpoints.restore(tmp_path / "two" / "1_rf")
     assert one.step == two.step == 4
     assert (tmp_path / "two" / "1_rf" / "samples" / "step_4.png").exists()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.params, two.params)
@@ -175,8 +175,8 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):
     lines = [json.loads((tmp_path / name / "1_rf/metrics.json").read_text()) for name in ("undisturbed", "killed")]
     assert len(lines[0]) == 40
     assert lines[0] == lines[1]  # of before the kill too
-    first, _ = checkpoints.load_with_info(tmp_path / "undisturbed" / "1_rf")
-    second, _ = checkpoints.load_with_info(tmp_path / "killed" / "1_rf")
+    first, _ = checkpoints.restore(tmp_path / "undisturbed" / "1_rf")
+    second, _ = checkpoints.restore(tmp_path / "killed" / "1_rf")
     assert first.step == second.step == 400
     for name in ("params", "ema_params", "mu", "nu"):
         jax.tree.map(np.testing.assert_array_equal, getattr(first, name), getattr(second, name))

@@ -60,7 +60,7 @@ def workdir(tmp_path_factory):
 
 
 def state(workdir, stage, step):
-    return checkpoints.load_with_info(workdir / stage / "checkpoints" / str(step))
+    return checkpoints.restore(workdir / stage / "checkpoints" / str(step))
 
 
 @pytest.mark.parametrize("stage", ["1_rf", "2_rf", "2_distill"])
@@ -94,7 +94,7 @@ def test_pairs_are_what_their_manifest_says(workdir):
     assert len(pairs) == 64
     assert pairs.k == 2
     expanded = checkpoints.load_weights(workdir / "1_rf", reflow_config())
-    assert pairs.manifest["teacher"] == reflow.fingerprint(expanded.ema_params)
+    assert pairs.manifest["teacher"] == checkpoints.fingerprint(expanded.ema_params)
     assert (workdir / "samples" / "pairs.png").stat().st_size > 1000
     assert list((workdir / "wandb").glob("*/files/media/images/pairs_64_*.png"))
     assert teacher.step == 6
@@ -177,7 +177,7 @@ def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdi
     run_lib.train(tiny_config(training=start | {"n_iters": 5, "n_jitted_steps": 1}), tmp_path / "start")
     run_lib.train(tiny_config(training=start | {"n_iters": 6, "n_jitted_steps": 1}), tmp_path / "start")
     assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
-    assert checkpoints.info_of(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
+    assert checkpoints.read_metadata(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
     start = {"import_flax": str(tmp_path / "start" / "1_rf" / "checkpoints" / "5"), "n_iters": 9}
     run_lib.train(tiny_config(training=start), tmp_path / "run")
     # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
@@ -217,15 +217,15 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
     run_lib.train(reflow_config(training=source | {"n_iters": 2}), tmp_path)
     trained = tmp_path / "2_rf" / "checkpoints" / "2"
-    assert checkpoints.info_of(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
+    assert checkpoints.read_metadata(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
     # Measured from another workdir, which has no pairs, it is sampled on its own segments; so is its file's copy.
     exported = tmp_path / "ada.safetensors"
-    weights, info = checkpoints.load_with_info(trained)
+    weights, info = checkpoints.restore(trained)
     checkpoints.export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
     for path in (trained, exported):
         config = reflow_config(training={"import_flax": str(path)})
-        found = sources.sources_to_evaluate(config, tmp_path / "elsewhere")
-        boundaries = sources.evaluated_boundaries(config, tmp_path / "elsewhere", found[None])
+        given = sources.given_checkpoint(config)
+        boundaries = sources.evaluated_boundaries(config, tmp_path / "elsewhere", given)
         np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
     # Uniform pairs are nothing that it learned from.
     (tmp_path / "other" / "samples").mkdir(parents=True)
@@ -289,7 +289,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     run_lib.train(tiny_config(training=start | {"n_iters": 71}), tmp_path)
     assert checkpoints.steps_in(tmp_path / "1_rf") == [70, 71]
     run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
-    teacher = reflow.fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
+    teacher = checkpoints.fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
     assert reflow.read_manifest(tmp_path / sources.PAIRS)["teacher"] == teacher
     run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
     student, info = state(tmp_path, "2_rf", 0)
@@ -298,7 +298,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape)), own, given)
     run_lib.evaluate(tiny_config(training=start), tmp_path, "imported")
     metrics = json.loads((tmp_path / "imported" / "step_70" / "metrics.json").read_text())
-    assert metrics["settings"]["weights"] == reflow.fingerprint(imported.ema_params)
+    assert metrics["settings"]["weights"] == checkpoints.fingerprint(imported.ema_params)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
