@@ -1,8 +1,8 @@
-"""Images in: the data sets, and the one stream of training batches that serves them all.
+"""Data sets, and the stream of training batches.
 
 A data set is an `ImageSource`: uint8 images in a fixed order, and a shuffled pass over its records. Training reads the
-endless stream of its passes: the update s uses the images s B to (s + 1) B - 1 of the stream, whoever reads it, on
-however many hosts and devices; so a run that resumes, or moves to another machine, goes on with the same batches.
+endless stream of its passes: the update s uses the images s B to (s + 1) B - 1 of the stream, on any number of hosts
+and devices, so a run that resumes, or moves to another machine, continues with the same batches.
 """
 
 import abc
@@ -23,7 +23,20 @@ READ_BATCH = 256  # images read in order that TensorFlow hands over at a time
 PREFETCH = 2  # batches made ahead, each of n_jitted_steps updates
 
 # data.dataset -> the name in TFDS, the side of the central square kept (None: the shorter side)
-TFDS_SETS = {"CIFAR10": ("cifar10", None), "CELEBA": ("celeb_a", 140), "LSUN": ("lsun/{category}", None)}
+TFDS_SETS = {
+    "CIFAR10": ("cifar10", None),
+    "FASHION_MNIST": ("fashion_mnist", None),
+    "CELEBA": ("celeb_a", 140),
+    "IMAGENET": ("downsampled_imagenet/64x64", None),
+    "LSUN": ("lsun/{category}", None),
+    "CELEBAHQ": ("celeb_a_hq/256", None),
+    "IMAGES": ("images", None),
+}
+# What scripts/prepare_dataset.py makes, where TFDS itself needs the network or does not know the data set.
+PREPARED_HERE = {
+    "fashion_mnist": "python scripts/prepare_dataset.py fashion_mnist --from FOLDER --to {folder}",
+    "images": "python scripts/prepare_dataset.py images --from FOLDER --to {folder} --size SIZE",
+}
 
 
 def tensorflow_on_cpu():
@@ -34,24 +47,12 @@ def tensorflow_on_cpu():
     return tf
 
 
-def scale(
-    images: UInt8[np.ndarray, "*batch height width channels"], centered: bool
-) -> Float[np.ndarray, "*batch height width channels"]:
-    """What the model sees of uint8 images: float32 in [-1, 1] if `centered`, else in [0, 1]."""
-    return _centered(images.astype(np.float32) / np.float32(255), centered)
-
-
 def unscale(
     x: Float[np.ndarray, "*batch height width channels"], centered: bool
 ) -> Float[np.ndarray, "*batch height width channels"]:
-    """The inverse of `scale` as float32 in [0, 1]; what lies outside the data's range is clipped."""
+    """The model's images ([-1, 1] if `centered`, else [0, 1]) as float32 in [0, 1], clipped to that range."""
     x = np.asarray(x, np.float32)
     return np.clip((x + 1) / 2 if centered else x, 0, 1)
-
-
-def _centered(unit, centered):
-    """[0, 1] to the model's range; for NumPy and TensorFlow alike."""
-    return unit * 2 - 1 if centered else unit
 
 
 def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:
@@ -64,12 +65,12 @@ def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:
 
 
 class ImageSource(abc.ABC):
-    """A data set's training images.
+    """The images of one split of a data set, in a fixed order.
 
     Attributes:
-      name: what the data set is called, with its version.
+      name: the data set's name and version.
       identity: everything that decides the values and the order of the images, for the keys of caches.
-      size: how many images there are.
+      size: number of images.
       image_shape: (height, width, channels).
     """
 
@@ -79,7 +80,7 @@ class ImageSource(abc.ABC):
     image_shape: tuple[int, int, int]
 
     def read(self, start: int, count: int) -> UInt8[np.ndarray, "count height width channels"]:
-        """The images at positions start..start+count-1, modulo `size`, in the data set's fixed order; not flipped.
+        """The images at indices start..start+count-1, modulo `size`, in the data set's fixed order; not flipped.
 
         Raises:
           ValueError: `start` or `count` is negative.
@@ -96,6 +97,14 @@ class ImageSource(abc.ABC):
         return np.concatenate(parts)
 
     @abc.abstractmethod
+    def labels(self) -> Int[np.ndarray, "size"]:
+        """The class of every image, in the order of `read`.
+
+        Raises:
+          InputError: the data set has no labels.
+        """
+
+    @abc.abstractmethod
     def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "count height width channels"]:
         """The images start..stop-1, 0 <= start < stop <= size."""
 
@@ -109,13 +118,23 @@ class ImageSource(abc.ABC):
 
 
 class ArraySource(ImageSource):
-    """Images in memory, [size, height, width, channels] uint8."""
+    """Images in memory, [size, height, width, channels] uint8, and their labels [size] where there are any."""
 
-    def __init__(self, name: str, images: UInt8[np.ndarray, "size height width channels"]):
-        self.name, self._images = name, images
+    def __init__(
+        self,
+        name: str,
+        images: UInt8[np.ndarray, "size height width channels"],
+        labels: Int[np.ndarray, "size"] | None = None,
+    ):
+        self.name, self._images, self._labels = name, images, labels
         self.size, *shape = images.shape
         self.image_shape = tuple(shape)
         self.identity = f"{name} {images.shape}"
+
+    def labels(self):
+        if self._labels is None:
+            raise InputError(f"the data set {self.name} has no labels")
+        return self._labels
 
     def _read(self, start, stop):
         return self._images[start:stop]
@@ -130,31 +149,45 @@ class ArraySource(ImageSource):
 
 
 class TfdsSource(ImageSource):
-    """The split 'train' of a data set that TFDS has prepared.
+    """One split of a data set that TFDS has prepared.
 
     Args:
       builder: a `tfds.core.DatasetBuilder` whose files are on disk.
+      split: 'train', 'test', ...
       crop: side of the central square that is kept; None for the image's shorter side.
-      image_size: the side that the square is resized to.
+      image_size: the side that the square is resized to, without aliasing.
     """
 
-    def __init__(self, builder, crop: int | None, image_size: int):
+    def __init__(self, builder, split: str, crop: int | None, image_size: int):
         import tensorflow_datasets as tfds
 
         self._builder, self._crop = builder, crop
-        self._split = builder.info.splits["train"]
-        self._features = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
+        self._split = builder.info.splits[split]
+        self._decoder = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
         self.name = builder.info.full_name
         self.size = self._split.num_examples
         self.image_shape = (image_size, image_size, builder.info.features["image"].shape[-1])
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
 
+    def labels(self):
+        import tensorflow_datasets as tfds
+
+        if "label" not in self._builder.info.features:
+            raise InputError(f"the data set {self.name} has no labels")
+        decoder = tfds.features.FeaturesDict({"label": self._builder.info.features["label"]})
+        labels = self._records(0, self.size).map(lambda record: decoder.deserialize_example(record)["label"])
+        return np.concatenate(list(_numpy(labels.batch(READ_BATCH), self.name)))
+
     def _read(self, start, stop):
         tf = tensorflow_on_cpu()
-        slices = self._builder.info.splits[f"train[{start}:{stop}]"].file_instructions
-        records = [_open_file(part.filename).skip(part.skip).take(part.take) for part in slices]
-        images = functools.reduce(tf.data.Dataset.concatenate, records).map(self.image, tf.data.AUTOTUNE)
+        images = self._records(start, stop).map(self.image, tf.data.AUTOTUNE)
         return np.concatenate(list(_numpy(images.batch(READ_BATCH), self.name)))
+
+    def _records(self, start, stop):
+        """A tf.data.Dataset of the encoded records start..stop-1."""
+        slices = self._builder.info.splits[f"{self._split.name}[{start}:{stop}]"].file_instructions
+        records = [_open_file(part.filename).skip(part.skip).take(part.take) for part in slices]
+        return functools.reduce(lambda first, second: first.concatenate(second), records)
 
     def shuffled(self, seed):
         tf = tensorflow_on_cpu()
@@ -164,11 +197,11 @@ class TfdsSource(ImageSource):
         records = records.interleave(
             _open_file, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
-        held = min(self.size, max(1, SHUFFLE_BYTES * self.size // max(1, self._split.num_bytes)))
-        return records.shuffle(held, seed=seed[1], reshuffle_each_iteration=False)
+        buffer_size = min(self.size, max(1, SHUFFLE_BYTES * self.size // max(1, self._split.num_bytes)))
+        return records.shuffle(buffer_size, seed=seed[1], reshuffle_each_iteration=False)
 
     def image(self, record):
-        return self._square(self._features.deserialize_example(record)["image"])
+        return self._square(self._decoder.deserialize_example(record)["image"])
 
     def _square(self, image):
         """The central square of a uint8 image, resized without aliasing."""
@@ -192,24 +225,24 @@ def _open_file(path):
     return tensorflow_on_cpu().data.TFRecordDataset(path, buffer_size=READ_BYTES)
 
 
-def image_source(data) -> ImageSource:
-    """The training images that `config.data` names.
+def image_source(data, split: str = "train") -> ImageSource:
+    """The images of the data set that `config.data` names.
 
-    Never touches the network: what TFDS has not prepared is refused at once.
+    Never touches the network: a data set that TFDS has not prepared is an error at once.
+
+    Args:
+      data: `config.data`.
+      split: 'train', or another split that the data set has: 'test' (CIFAR10, CELEBA, FASHION_MNIST), 'validation'
+        (IMAGENET, LSUN).
 
     Raises:
       InputError: an unknown data set, one that is not on disk or not complete there, or images of another kind than
         the configuration says.
     """
     if data.dataset == "digits":
-        if data.image_size != 8:
-            raise InputError(f"data.image_size = {data.image_size}, but the digits are 8 x 8")
-        source = ArraySource("digits", digits()[0])
+        source = _digits_source(data, split)
     elif data.dataset in TFDS_SETS:
-        name, crop = TFDS_SETS[data.dataset]
-        if data.dataset == "LSUN" and not data.category:
-            raise InputError("data.dataset = LSUN needs data.category, for example church_outdoor or bedroom")
-        source = TfdsSource(_tfds_builder(name.format(category=data.category), data.data_dir), crop, data.image_size)
+        source = _tfds_source(data, split)
     else:
         known = ", ".join(["digits", *TFDS_SETS])
         raise InputError(f"data.dataset = {data.dataset!r} is not known; it can be {known}")
@@ -220,7 +253,28 @@ def image_source(data) -> ImageSource:
     return source
 
 
-def _tfds_builder(name: str, data_dir: str):
+def _digits_source(data, split: str) -> ArraySource:
+    if data.image_size != 8:
+        raise InputError(f"data.image_size = {data.image_size}, but the digits are 8 x 8")
+    if split != "train":
+        raise InputError(f"the digits have no split {split!r}, only 'train'")
+    return ArraySource("digits", *digits())
+
+
+def _tfds_source(data, split: str) -> TfdsSource:
+    name, crop = TFDS_SETS[data.dataset]
+    if data.dataset == "LSUN" and not data.category:
+        raise InputError("data.dataset = LSUN needs data.category, for example church_outdoor or bedroom")
+    builder = _tfds_builder(name.format(category=data.category), data.data_dir, split)
+    side = crop or builder.info.features["image"].shape[0]  # None: images of several sizes
+    if side is not None and data.image_size > side:
+        raise InputError(
+            f"data.image_size = {data.image_size}, but the images of {builder.info.full_name} are {side} x {side}"
+        )
+    return TfdsSource(builder, split, crop, data.image_size)
+
+
+def _tfds_builder(name: str, data_dir: str, split: str):
     """The builder of a data set that is on disk, found without the network.
 
     Raises:
@@ -231,22 +285,29 @@ def _tfds_builder(name: str, data_dir: str):
 
     given = data_dir != "none"
     folder = epath.Path(data_dir).expanduser() if given else epath.Path(tfds.core.constants.DATA_DIR)
-    argument = f", data_dir='{folder}'" if given else ""
-    remedy = f"""prepare it with: python -c "import tensorflow_datasets as tfds; tfds.load('{name}'{argument})\""""
+    remedy = f"prepare it with: {_preparation(name, folder, given)}"
     try:
         # tfds.builder and tfds.load would ask a cloud bucket about what they do not find, for minutes without network.
         builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"the data set {name} is not in data.data_dir = {folder}; {remedy}") from None
     info = builder.info
-    if "train" not in info.splits or not info.splits["train"].num_examples or "image" not in info.features:
-        raise InputError(f"the data set in {builder.data_dir} has no images in a split 'train'; {remedy}")
+    if split not in info.splits or not info.splits[split].num_examples or "image" not in info.features:
+        raise InputError(f"the data set in {builder.data_dir} has no images in a split {split!r}; {remedy}")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InputError(f"the data set in {builder.data_dir} is stored as {info.file_format.value}, not tfrecord")
-    missing = [path for path in info.splits["train"].filepaths if not epath.Path(path).exists()]
+    missing = [path for path in info.splits[split].filepaths if not epath.Path(path).exists()]
     if missing:
-        raise InputError(f"the data set misses the file {missing[0]}; remove {builder.data_dir} and {remedy}")
+        raise InputError(f"the data set lacks the file {missing[0]}; remove {builder.data_dir} and {remedy}")
     return builder
+
+
+def _preparation(name: str, folder: epath.Path, given: bool) -> str:
+    """The command that prepares the data set `name` in `folder`, which is `data.data_dir` if `given`."""
+    if name in PREPARED_HERE:
+        return PREPARED_HERE[name].format(folder=folder)
+    argument = f", data_dir='{folder}'" if given else ""
+    return f"""python -c "import tensorflow_datasets as tfds; tfds.load('{name}'{argument})\""""
 
 
 def train_batches(
@@ -254,15 +315,15 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless batches of this host, from the update `start_step` on.
 
-    Every pass over the data is shuffled anew from (seed, pass); flips and dequantization noise follow from (seed,
-    update, place in the update). To reach `start_step`, less than one pass of records is skipped, not decoded.
+    Every pass over the data is shuffled from (seed, pass); flips and dequantization noise follow from (seed, update,
+    index in the update's batch). To reach `start_step`, less than one pass of records is skipped, undecoded.
 
     Args:
       data: `config.data`.
       batch_size: images of one update, over all hosts.
-      n_jitted_steps: updates in one batch that is handed out.
+      n_jitted_steps: updates in one returned batch.
       start_step: updates already made; the batches are those that would have followed them.
-      host: whose share to read; None for this process.
+      host: the host whose share is read; None for this process.
 
     Returns:
       An iterator of {"image": float32 [local devices, n_jitted_steps, images of a device, height, width, channels]}, in
@@ -279,8 +340,8 @@ def train_batches(
 
     stream = _stream(source, seed, start_step * batch_size)
     if host.count > 1:
-        stream = stream.filter(lambda place, record: place % batch_size // share == host.index)
-    images = stream.map(lambda place, record: source.image(record), tf.data.AUTOTUNE, deterministic=True)
+        stream = stream.filter(lambda index, record: index % batch_size // share == host.index)
+    images = stream.map(lambda index, record: source.image(record), tf.data.AUTOTUNE, deterministic=True)
     updates = images.batch(share, drop_remainder=True).enumerate(start_step)
     prepared = functools.partial(_prepared, data, seed, batch_size, host.index * share)
     updates = updates.map(prepared, tf.data.AUTOTUNE, deterministic=True)
@@ -290,7 +351,7 @@ def train_batches(
 
 
 def _stream(source: ImageSource, seed: int, start: int):
-    """The endless tf.data.Dataset of (place in the stream, record), shuffled passes one after another, from `start`."""
+    """The endless tf.data.Dataset of (stream index, record), shuffled passes one after another, from `start`."""
     tf = tensorflow_on_cpu()
     first, skipped = divmod(start, source.size)
 
@@ -304,8 +365,8 @@ def _stream(source: ImageSource, seed: int, start: int):
 def _prepared(data, seed: int, batch_size: int, first: int, update, images):
     """A host's uint8 images of one update, flipped, dequantized and scaled as `data` says.
 
-    Everything is drawn for the whole batch from (seed, update), so that an image's share does not depend on which host
-    has it; the host's images are those from `first` on.
+    Random numbers are drawn for the whole batch from (seed, update), so that they do not depend on how hosts share it;
+    the host's images are those from `first` on.
     """
     tf = tensorflow_on_cpu()
     count, *shape = images.shape
@@ -314,9 +375,14 @@ def _prepared(data, seed: int, batch_size: int, first: int, update, images):
         images = tf.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     levels = tf.cast(images, tf.float32)
     if not data.uniform_dequantization:
-        return _centered(levels / 255, data.centered)
+        return _scaled(levels / 255, data.centered)
     noise = tf.random.stateless_uniform([batch_size, *shape], [seed, 2 * update + 1])[first : first + count]
-    return _centered((levels + noise) / 256, data.centered)
+    return _scaled((levels + noise) / 256, data.centered)
+
+
+def _scaled(unit, centered: bool):
+    """Images in [0, 1] in the model's range: [-1, 1] if `centered`, else [0, 1]."""
+    return unit * 2 - 1 if centered else unit
 
 
 def _by_device(devices: int, batch):

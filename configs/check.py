@@ -6,7 +6,6 @@ from utils import InputError
 
 SOLVERS = ("dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
 CHOICES = {
-    "data.dataset": ("digits", "CIFAR10", "CELEBA", "LSUN"),
     "model.rf_phase": (1, 2),
     "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
     "training.reflow_dtype": ("float32", "float16"),

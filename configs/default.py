@@ -17,7 +17,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.seed = 42  # noise, times, weights, shuffling: everything random in every stage follows from it
 
     config.data = data = ml_collections.ConfigDict()
-    data.dataset = "CIFAR10"  # digits | CIFAR10 | CELEBA | LSUN
+    data.dataset = "CIFAR10"  # digits | a key of datasets.TFDS_SETS: CIFAR10 | FASHION_MNIST | IMAGES | ...
     data.category = ""  # LSUN only: church_outdoor | bedroom | ...
     data.data_dir = "none"  # where TFDS keeps its data sets; 'none' is TFDS's own folder
     data.image_size = 32
