@@ -33,6 +33,11 @@ def config(dataset="digits", image_size=8, num_channels=1, **changes):
     return data
 
 
+def scaled(images, centered):
+    """uint8 images in the model's range, in double precision."""
+    return images / 127.5 - 1 if centered else images / 255
+
+
 def stored(folder, name, images, num_shards=1, category=None, shape=(None, None, 3)):
     """Writes images as the prepared TFDS data set `name`, without loss."""
     tfds.dataset_builders.store_as_tfds_dataset(
@@ -91,11 +96,9 @@ def test_digits_are_scikit_learns():
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_scale_and_back(centered):
+def test_unscale_inverts_the_scaling_and_clips(centered):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    x = datasets.scale(images, centered)
-    assert x.dtype == np.float32
-    assert (x.min(), x.max()) == ((-1, 1) if centered else (0, 1))
+    x = scaled(images, centered).astype(np.float32)
     back = datasets.unscale(x, centered)
     np.testing.assert_allclose(back, images / 255, atol=1e-7)
     assert datasets.unscale(10 * x, centered).max() == 1
@@ -107,8 +110,10 @@ def test_batches_are_scaled_images_of_the_data_set(centered):
     (batch,) = updates(config(centered=centered), 1, batch_size=50, n_jitted_steps=2)
     assert batch.dtype == np.float32
     assert batch.shape == (1, 2, 50, 8, 8, 1)
-    known = {image.tobytes() for image in datasets.scale(datasets.digits()[0], centered)}
-    assert all(image.tobytes() in known for image in batch.reshape(100, 8, 8, 1))
+    levels = (batch + 1) * 127.5 if centered else batch * 255
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-4)
+    known = {image.tobytes() for image in datasets.digits()[0]}
+    assert all(image.tobytes() in known for image in np.rint(levels).astype(np.uint8).reshape(100, 8, 8, 1))
 
 
 def test_every_pass_has_every_image_once_in_an_order_of_its_own(cifar10):
@@ -226,7 +231,7 @@ def test_photographs_are_cropped_and_resized(tmp_path, dataset, name, category, 
     read = datasets.image_source(small).read(0, 1)[0]
     assert np.abs(read - resized(square, 24)).max() <= 1
     (batch,) = updates(small, 1, batch_size=1)
-    np.testing.assert_array_equal(batch[0, 0], datasets.scale(read[None], False))
+    np.testing.assert_allclose(batch[0, 0, 0], scaled(read, False), rtol=0, atol=1e-7)
 
 
 def test_an_image_smaller_than_the_crop_is_named(tmp_path):
@@ -250,7 +255,13 @@ def test_a_damaged_file_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("dataset", "category", "name"),
-    [("CIFAR10", "", "cifar10"), ("CELEBA", "", "celeb_a"), ("LSUN", "church_outdoor", "lsun/church_outdoor")],
+    [
+        ("CIFAR10", "", "cifar10"),
+        ("CELEBA", "", "celeb_a"),
+        ("LSUN", "church_outdoor", "lsun/church_outdoor"),
+        ("IMAGENET", "", "downsampled_imagenet/64x64"),
+        ("CELEBAHQ", "", "celeb_a_hq/256"),
+    ],
 )
 def test_a_missing_data_set_is_refused_at_once(tmp_path, dataset, category, name):
     start = time.monotonic()
@@ -261,6 +272,44 @@ def test_a_missing_data_set_is_refused_at_once(tmp_path, dataset, category, name
     assert "\n" not in message
     assert f"{name} is not in data.data_dir = {tmp_path}" in message
     assert f"tfds.load('{name}', data_dir='{tmp_path}')" in message
+
+
+@pytest.mark.parametrize(("dataset", "job"), [("FASHION_MNIST", "fashion_mnist"), ("IMAGES", "images")])
+def test_what_the_script_prepares_is_said(tmp_path, dataset, job):
+    with pytest.raises(InputError, match=rf"scripts/prepare_dataset\.py {job} --from FOLDER --to {tmp_path}") as error:
+        datasets.image_source(config(dataset, 28, 1, data_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_labels_and_the_test_split_in_the_order_of_reading(tmp_path):
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+    )
+    rows = {
+        split: [(i, {"image": np.full((28, 28, 1), 10 * label, np.uint8), "label": label}) for i, label in labels]
+        for split, labels in {"train": enumerate([3, 1, 4, 1, 5, 9, 2]), "test": enumerate([6, 5, 3])}.items()
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="fashion_mnist", version="3.0.1", data_dir=tmp_path, features=features, split_datasets=rows
+    )
+    data = config("FASHION_MNIST", 14, 1, data_dir=str(tmp_path))
+    for split, labels in {"train": [3, 1, 4, 1, 5, 9, 2], "test": [6, 5, 3]}.items():
+        source = datasets.image_source(data, split)
+        assert source.image_shape == (14, 14, 1)
+        assert sorted(source.labels()) == sorted(labels)
+        np.testing.assert_array_equal(source.read(0, source.size)[:, 7, 7, 0], 10 * source.labels())
+    with pytest.raises(InputError, match="no images in a split 'validation'"):
+        datasets.image_source(data, "validation")
+    with pytest.raises(InputError, match=r"image_size = 32, but the images of fashion_mnist/3\.0\.1 are 28 x 28"):
+        datasets.image_source(config("FASHION_MNIST", 32, 1, data_dir=str(tmp_path)))
+
+
+def test_labels_of_the_digits_and_of_data_without_labels():
+    np.testing.assert_array_equal(datasets.image_source(config()).labels(), datasets.digits()[1])
+    with pytest.raises(InputError, match="no split 'test'"):
+        datasets.image_source(config(), "test")
+    with pytest.raises(InputError, match="noise has no labels"):
+        datasets.ArraySource("noise", np.zeros((2, 4, 4, 1), np.uint8)).labels()
 
 
 def test_a_missing_data_set_in_the_default_folder(tmp_path, monkeypatch):
@@ -288,7 +337,7 @@ def test_another_file_format_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "MNIST"}, "'MNIST' is not known; it can be digits, CIFAR10, CELEBA, LSUN"),
+        ({"dataset": "MNIST"}, "'MNIST' is not known; it can be digits, CIFAR10, FASHION_MNIST, CELEBA"),
         ({"dataset": "LSUN"}, "needs data.category"),
         ({"num_channels": 3}, "data.num_channels = 3, but the images of digits have 1"),
         ({"image_size": 16}, "data.image_size = 16, but the digits are 8 x 8"),
