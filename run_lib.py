@@ -17,7 +17,7 @@ from etils import epath
 import adaptive
 import checkpoints
 import datasets
-import evaluation
+import features
 import figures
 import losses
 import models
@@ -116,7 +116,7 @@ def _checked(config, mode):
         hosts = {name: int(value) for name, value in hosts.items() if value}
         jax.distributed.initialize(**hosts, shutdown_timeout_seconds=HOSTS_WAIT_SECONDS)
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(evaluation.cache_folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(features.cache_folder() / "compiled"))
         # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -354,15 +354,15 @@ def _features(config, samples: int):
     Raises:
       InputError: there is no network or no data set, or too few samples; before features are computed.
     """
-    network = evaluation.feature_network(config.data, config.eval.inception_path)
+    network = features.feature_network(config.data, config.eval.inception_path)
     source = datasets.image_source(config.data)
-    least = evaluation.least_samples(source.size)
+    least = features.least_samples(source.size)
     if samples < least:
         raise InputError(
             f"{samples} samples are too few to compare with the {source.size:,} images of {source.name}; use "
             f"eval.num_samples, or training.snapshot_fid_sample, of {least} or more"
         )
-    return network, evaluation.real_features(network, source, config.eval.batch_size)
+    return network, features.real_features(network, source, config.eval.batch_size)
 
 
 def _tracker(config, folder, workdir, name, **options):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 import adaptive
 import datasets
-import evaluation
+import features
 import models
 import parallel
 import sampling
@@ -163,21 +163,21 @@ def sample_quality(
     """Distances between `count` samples and the data set in a feature network, with the samples' cost.
 
     Args:
-      network: an `evaluation.FeatureNetwork`; real: [n, d] its features of the data set.
+      network: a `features.FeatureNetwork`; real: [n, d] its features of the data set.
       centered: whether the flow's images are in [-1, 1] rather than [0, 1].
 
     Returns:
       The numbers by name, and the first batch of the samples, in [0, 1].
     """
-    cost, features, logits, shown = Cost(), [], [], None
+    cost, found, logits, shown = Cost(), [], [], None
     for x in samples(flow, params, count, batch_size, cost):
         unit = datasets.unscale(x, centered)
         shown = unit if shown is None else shown
         images = (255 * unit + 0.5).astype(np.uint8)
         batch_features, batch_logits = network.features_and_logits(images)
-        features.append(batch_features)
+        found.append(batch_features)
         logits.append(batch_logits)
-    distances = evaluation.sample_distances(network.name, real, np.concatenate(features), np.concatenate(logits))
+    distances = features.sample_distances(network.name, real, np.concatenate(found), np.concatenate(logits))
     return {**distances, **cost.summary()}, shown
 
 

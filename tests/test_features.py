@@ -13,12 +13,12 @@ import scipy.linalg
 import tensorflow as tf
 
 import datasets
-import evaluation
+import features
 from tfgan_compat import tensorflow_gan
 from utils import InputError
 
 
-def features(n, d, seed, shift=0.0):
+def random_features(n, d, seed, shift=0.0):
     """Correlated features of about unit size."""
     rng = np.random.default_rng(seed)
     mix = np.random.default_rng(d).normal(size=(d, d)) / math.sqrt(d)
@@ -46,68 +46,70 @@ def mmd_by_numpy(a, b):
 
 
 def test_frechet_distance_is_scipys():
-    a, b = features(400, 12, 0), features(300, 12, 1, shift=0.3)
-    assert evaluation.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
+    a, b = random_features(400, 12, 0), random_features(300, 12, 1, shift=0.3)
+    assert features.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
 
 
 def test_frechet_distance_of_a_shift_and_of_a_set_with_itself():
-    a = features(500, 5, 0)
-    assert isinstance(evaluation.frechet_distance(a, a), float)
-    assert evaluation.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluation.frechet_distance(a, a + np.float32(0.5)) == pytest.approx(5 * 0.25, rel=1e-4)
+    a = random_features(500, 5, 0)
+    assert isinstance(features.frechet_distance(a, a), float)
+    assert features.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert features.frechet_distance(a, a + np.float32(0.5)) == pytest.approx(5 * 0.25, rel=1e-4)
 
 
 def test_frechet_distance_with_fewer_samples_than_features():
-    a, b = features(10, 30, 0), features(12, 30, 1)
-    assert evaluation.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-4)
+    a, b = random_features(10, 30, 0), random_features(12, 30, 1)
+    assert features.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-4)
 
 
 def test_frechet_distance_is_fast():
-    a, b = features(5000, 64, 0), features(5000, 64, 1)
-    evaluation.frechet_distance(a, b)
+    a, b = random_features(5000, 64, 0), random_features(5000, 64, 1)
+    features.frechet_distance(a, b)
     start = time.process_time()
-    evaluation.frechet_distance(a, b)
+    features.frechet_distance(a, b)
     assert time.process_time() - start < 1
 
 
 def test_kernel_distance_is_the_unbiased_estimator():
-    a, b = features(300, 8, 0), features(200, 8, 1, shift=0.2)
-    assert evaluation.kernel_distance(a, b) == pytest.approx(mmd_by_numpy(a, b), rel=1e-9)
-    assert evaluation.kernel_distance(a, b) == evaluation.kernel_distance(a, b)
+    a, b = random_features(300, 8, 0), random_features(200, 8, 1, shift=0.2)
+    assert features.kernel_distance(a, b) == pytest.approx(mmd_by_numpy(a, b), rel=1e-9)
+    assert features.kernel_distance(a, b) == features.kernel_distance(a, b)
 
 
 def test_kernel_distance_in_blocks_does_not_depend_on_how_the_sets_are_sorted():
-    a, b = features(2500, 8, 0), features(1300, 8, 1, shift=0.2)
+    a, b = random_features(2500, 8, 0), random_features(1300, 8, 1, shift=0.2)
     whole = mmd_by_numpy(a, b)
-    assert evaluation.kernel_distance(a, b) == pytest.approx(whole, rel=0.1)
+    assert features.kernel_distance(a, b) == pytest.approx(whole, rel=0.1)
     by_size = [x[np.argsort(x[:, 0])] for x in (a, b)]
-    assert evaluation.kernel_distance(*by_size) == pytest.approx(whole, rel=0.1)
+    assert features.kernel_distance(*by_size) == pytest.approx(whole, rel=0.1)
 
 
 def test_kernel_distance_is_not_biased():
-    distances = [evaluation.kernel_distance(features(60, 4, 2 * i), features(60, 4, 2 * i + 1)) for i in range(40)]
+    distances = [
+        features.kernel_distance(random_features(60, 4, 2 * i), random_features(60, 4, 2 * i + 1)) for i in range(40)
+    ]
     assert min(distances) < 0
     assert abs(np.mean(distances)) < 4 * np.std(distances) / math.sqrt(len(distances))
 
 
 def test_kernel_distance_refuses_blocks_of_one():
     with pytest.raises(ValueError, match="3000 samples are too unequal for 3 blocks"):
-        evaluation.kernel_distance(features(5, 4, 0), features(3000, 4, 1))
+        features.kernel_distance(random_features(5, 4, 0), random_features(3000, 4, 1))
 
 
 def test_inception_score_is_the_formula():
     logits = 3 * np.random.default_rng(0).normal(size=(200, 10))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), 1)))
-    assert evaluation.inception_score(logits) == pytest.approx(expected, rel=1e-9)
-    assert evaluation.inception_score(np.zeros((4, 10))) == pytest.approx(1)
-    assert evaluation.inception_score(100 * np.eye(10)) == pytest.approx(10)
+    assert features.inception_score(logits) == pytest.approx(expected, rel=1e-9)
+    assert features.inception_score(np.zeros((4, 10))) == pytest.approx(1)
+    assert features.inception_score(100 * np.eye(10)) == pytest.approx(10)
 
 
 BAD = np.array([[0.0, 1.0], [np.nan, 0.0]])
 
 
-@pytest.mark.parametrize("distance", [evaluation.frechet_distance, evaluation.kernel_distance])
+@pytest.mark.parametrize("distance", [features.frechet_distance, features.kernel_distance])
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -123,22 +125,22 @@ def test_sets_that_cannot_be_compared(distance, a, b, message):
 
 def test_sets_of_different_width_or_bad_logits():
     with pytest.raises(ValueError, match="2 and 3 features"):
-        evaluation._comparable(np.zeros((5, 2)), np.zeros((5, 3)))
+        features._comparable(np.zeros((5, 2)), np.zeros((5, 3)))
     with pytest.raises(ValueError, match="logits has values that are not finite"):
-        evaluation.inception_score(BAD)
+        features.inception_score(BAD)
     with pytest.raises(ValueError, match="logits must be"):
-        evaluation.inception_score(np.zeros((1, 10)))
+        features.inception_score(np.zeros((1, 10)))
 
 
 def test_figures_carry_the_name_of_their_network():
-    real, fake, logits = features(50, 6, 0), features(60, 6, 1), features(60, 10, 2)
-    other = evaluation.sample_distances("digits_classifier", real, fake, logits)
+    real, fake, logits = random_features(50, 6, 0), random_features(60, 6, 1), random_features(60, 10, 2)
+    other = features.sample_distances("digits_classifier", real, fake, logits)
     assert set(other) == {"fid_digits_classifier", "kid_digits_classifier", "is_digits_classifier"}
-    plain = evaluation.sample_distances("inception", real, fake, logits)
+    plain = features.sample_distances("inception", real, fake, logits)
     assert plain == {name.removesuffix("_digits_classifier"): value for name, value in other.items()}
-    assert plain["fid"] == evaluation.frechet_distance(real, fake)
-    assert plain["kid"] == evaluation.kernel_distance(real, fake)
-    assert plain["is"] == evaluation.inception_score(logits)
+    assert plain["fid"] == features.frechet_distance(real, fake)
+    assert plain["kid"] == features.kernel_distance(real, fake)
+    assert plain["is"] == features.inception_score(logits)
 
 
 # ---- the digits classifier
@@ -148,14 +150,14 @@ def test_figures_carry_the_name_of_their_network():
 def classifier_cache(tmp_path_factory):
     """A cache folder that holds the trained classifier."""
     folder = tmp_path_factory.mktemp("cache")
-    evaluation.digits_classifier(folder)
+    features.digits_classifier(folder)
     return folder
 
 
 def test_the_classifier_knows_digits_that_it_has_not_seen(classifier_cache):
-    network = evaluation.digits_classifier(classifier_cache)
-    images, labels = evaluation._shuffled_digits()
-    held_out = slice(evaluation.DIGITS_TRAINED_ON, None)
+    network = features.digits_classifier(classifier_cache)
+    images, labels = features._shuffled_digits()
+    held_out = slice(features.DIGITS_TRAINED_ON, None)
     found, logits = network.features_and_logits(images[held_out])
     assert found.shape == (297, 64)
     assert logits.shape == (297, 10)
@@ -165,12 +167,12 @@ def test_the_classifier_knows_digits_that_it_has_not_seen(classifier_cache):
 
 
 def test_the_classifiers_distance_grows_with_the_damage_to_the_images(classifier_cache):
-    network = evaluation.digits_classifier(classifier_cache)
+    network = features.digits_classifier(classifier_cache)
     images = datasets.digits()[0]
     noise = np.random.default_rng(0).normal(size=images.shape)
     real = network.features_and_logits(images)[0]
     distances = [
-        evaluation.frechet_distance(
+        features.frechet_distance(
             real, network.features_and_logits(np.clip(images + scale * noise, 0, 255).astype(np.uint8))[0]
         )
         for scale in (0, 20, 60)
@@ -179,7 +181,7 @@ def test_the_classifiers_distance_grows_with_the_damage_to_the_images(classifier
 
 
 def test_the_classifier_does_not_depend_on_how_images_are_batched(classifier_cache):
-    network = evaluation.digits_classifier(classifier_cache)
+    network = features.digits_classifier(classifier_cache)
     images = datasets.digits()[0]
     whole = network.features_and_logits(images[:700])[0]
     parts = [network.features_and_logits(images[start:stop])[0] for start, stop in [(0, 3), (3, 600), (600, 700)]]
@@ -190,10 +192,10 @@ def test_the_classifier_is_read_back_and_a_damaged_one_is_trained_again_to_the_s
     (path,) = classifier_cache.glob("*")
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    network = evaluation.digits_classifier(classifier_cache)
+    network = features.digits_classifier(classifier_cache)
     assert path.read_bytes() == whole
-    monkeypatch.setattr(evaluation, "_flatten", None)  # what is trained goes through here; what is read does not
-    again = evaluation.digits_classifier(classifier_cache)
+    monkeypatch.setattr(features, "_flatten", None)  # what is trained goes through here; what is read does not
+    again = features.digits_classifier(classifier_cache)
     images = datasets.digits()[0][:20]
     for x, y in zip(again.features_and_logits(images), network.features_and_logits(images), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -203,36 +205,36 @@ def test_the_classifier_is_read_back_and_a_damaged_one_is_trained_again_to_the_s
 
 
 def test_a_cache_file_damaged_anywhere_is_made_again(tmp_path):
-    path = evaluation.epath.Path(tmp_path) / "cached.npz"
+    path = features.epath.Path(tmp_path) / "cached.npz"
     arrays = {"a": np.arange(2, dtype=np.float32), "b/c": np.ones((1, 1))}
 
     def same(found):
         return set(found) == set(arrays) and all(np.array_equal(found[name], arrays[name]) for name in arrays)
 
-    assert same(evaluation._cached(path, lambda: arrays))
+    assert same(features._cached(path, lambda: arrays))
     whole = path.read_bytes()
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
         path.write_bytes(bytes(damaged))
-        assert same(evaluation._cached(path, lambda: arrays)), f"byte {place}"
+        assert same(features._cached(path, lambda: arrays)), f"byte {place}"
     for length in range(0, len(whole), 50):
         path.write_bytes(whole[:length])
-        assert same(evaluation._cached(path, lambda: arrays)), f"cut to {length}"
+        assert same(features._cached(path, lambda: arrays)), f"cut to {length}"
         assert path.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    path = evaluation.epath.Path(tmp_path) / "file" / "cached.npz"
-    assert evaluation._cached(path, lambda: {"a": np.ones(1)})["a"] == 1
+    path = features.epath.Path(tmp_path) / "file" / "cached.npz"
+    assert features._cached(path, lambda: {"a": np.ones(1)})["a"] == 1
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("SEQRF_CACHE", raising=False)
-    assert str(evaluation.cache_folder()) == os.path.expanduser("~/.cache/seqrf")
+    assert str(features.cache_folder()) == os.path.expanduser("~/.cache/seqrf")
     monkeypatch.setenv("SEQRF_CACHE", str(tmp_path))
-    assert str(evaluation.cache_folder()) == str(tmp_path)
+    assert str(features.cache_folder()) == str(tmp_path)
 
 
 def test_real_features_are_those_of_all_images_and_computed_once(tmp_path, monkeypatch):
@@ -243,18 +245,18 @@ def test_real_features_are_those_of_all_images_and_computed_once(tmp_path, monke
         calls.append(len(batch))
         return batch.reshape(len(batch), -1)[:, :2].astype(np.float32), np.zeros((len(batch), 2), np.float32)
 
-    network = evaluation.FeatureNetwork("means", "means 1", means)
+    network = features.FeatureNetwork("means", "means 1", means)
     source = datasets.ArraySource("some", images)
     expected = images.reshape(23, -1)[:, :2]
     for _ in range(2):
-        np.testing.assert_array_equal(evaluation.real_features(network, source, 10, tmp_path), expected)
+        np.testing.assert_array_equal(features.real_features(network, source, 10, tmp_path), expected)
         assert calls == [10, 10, 3]
-    other = evaluation.FeatureNetwork("means", "means 2", means)
-    evaluation.real_features(other, source, 10, tmp_path)
-    evaluation.real_features(network, datasets.ArraySource("others", images[:5]), 10, tmp_path)
+    other = features.FeatureNetwork("means", "means 2", means)
+    features.real_features(other, source, 10, tmp_path)
+    features.real_features(network, datasets.ArraySource("others", images[:5]), 10, tmp_path)
     assert calls == [10, 10, 3, 10, 10, 3, 5]
-    monkeypatch.setattr(evaluation, "MAX_REAL", 12)
-    np.testing.assert_array_equal(evaluation.real_features(network, source, 10, tmp_path), expected[:12])
+    monkeypatch.setattr(features, "MAX_REAL", 12)
+    np.testing.assert_array_equal(features.real_features(network, source, 10, tmp_path), expected[:12])
 
 
 # ---- Inception
@@ -287,7 +289,7 @@ PHOTOGRAPHS = ml_collections.ConfigDict({"dataset": "CIFAR10"})
 
 
 def test_inception_from_a_folder(tiny_inception):
-    network = evaluation.feature_network(PHOTOGRAPHS, tiny_inception)
+    network = features.feature_network(PHOTOGRAPHS, tiny_inception)
     assert network.name == "inception"
     images = np.zeros((70, 8, 8, 3), np.uint8)
     images[:, :, :, 1] = 255
@@ -303,35 +305,35 @@ def test_inception_from_a_folder(tiny_inception):
 
 def test_inceptions_identity_is_its_content(tiny_inception, tmp_path):
     tf.saved_model.save(HalfInception(), str(tmp_path))
-    folders = [evaluation.epath.Path(folder) for folder in (tiny_inception, tmp_path)]
-    first, again, other = (evaluation._digest(folders[i]) for i in (0, 0, 1))
+    folders = [features.epath.Path(folder) for folder in (tiny_inception, tmp_path)]
+    first, again, other = (features._digest(folders[i]) for i in (0, 0, 1))
     assert first == again != other
 
 
 def test_folders_that_are_no_inception(tmp_path):
     with pytest.raises(InputError, match=r"eval\.inception_path = /nowhere holds no SavedModel"):
-        evaluation.feature_network(PHOTOGRAPHS, "/nowhere")
+        features.feature_network(PHOTOGRAPHS, "/nowhere")
     tf.saved_model.save(HalfInception(), str(tmp_path / "half"))
     with pytest.raises(InputError, match="does not give pool_3"):
-        evaluation.inception(str(tmp_path / "half"))
+        features.inception(str(tmp_path / "half"))
     tf.saved_model.save(tf.Module(), str(tmp_path / "empty"))
     with pytest.raises(InputError, match="is no Inception network"):
-        evaluation.inception(str(tmp_path / "empty"))
+        features.inception(str(tmp_path / "empty"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/saved_model.pb").write_bytes(b"\x01\x02")
     with pytest.raises(InputError, match="is no Inception network"):
-        evaluation.inception(str(tmp_path / "damaged"))
+        features.inception(str(tmp_path / "damaged"))
 
 
 def test_the_handle_is_tf_gans():
-    assert tensorflow_gan().eval.INCEPTION_TFHUB == evaluation.INCEPTION_HANDLE
+    assert tensorflow_gan().eval.INCEPTION_TFHUB == features.INCEPTION_HANDLE
 
 
 def test_without_network_inception_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(evaluation, "_answers", lambda url, seconds: False)
+    monkeypatch.setattr(features, "_answers", lambda url, seconds: False)
     with pytest.raises(InputError, match=r"cannot be reached.*--config\.eval\.inception_path=FOLDER") as error:
-        evaluation.feature_network(PHOTOGRAPHS, "none")
+        features.feature_network(PHOTOGRAPHS, "none")
     assert "\n" not in str(error.value)
 
 
@@ -342,20 +344,20 @@ def test_a_failing_download_is_refused_with_the_remedy(tmp_path, monkeypatch):
         raise OSError(f"no more of {handle}")
 
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(evaluation, "_answers", lambda url, seconds: True)
+    monkeypatch.setattr(features, "_answers", lambda url, seconds: True)
     monkeypatch.setattr(tensorflow_hub, "resolve", fail)
     with pytest.raises(InputError, match=r"no more of https.*--config\.eval\.inception_path=FOLDER"):
-        evaluation.inception("none")
+        features.inception("none")
 
 
 def test_what_tf_hub_has_kept_needs_no_network(tiny_inception, tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(evaluation, "_answers", lambda url, seconds: False)
+    monkeypatch.setattr(features, "_answers", lambda url, seconds: False)
     from tensorflow_hub import compressed_module_resolver
 
-    name = Path(compressed_module_resolver._module_dir(evaluation.INCEPTION_HANDLE)).name
+    name = Path(compressed_module_resolver._module_dir(features.INCEPTION_HANDLE)).name
     os.symlink(tiny_inception, tmp_path / name)
-    assert evaluation.inception("none").features_and_logits(np.zeros((2, 8, 8, 3), np.uint8))[0].shape == (2, 3)
+    assert features.inception("none").features_and_logits(np.zeros((2, 8, 8, 3), np.uint8))[0].shape == (2, 3)
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for():
@@ -363,6 +365,6 @@ def test_a_server_that_does_not_answer_is_not_waited_for():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         start = time.monotonic()
-        assert not evaluation._answers(f"http://127.0.0.1:{silent.getsockname()[1]}/", 0.5)
+        assert not features._answers(f"http://127.0.0.1:{silent.getsockname()[1]}/", 0.5)
         assert time.monotonic() - start < 2
-    assert not evaluation._answers("http://127.0.0.1:9/", 0.5)
+    assert not features._answers("http://127.0.0.1:9/", 0.5)
