@@ -1,15 +1,10 @@
-"""How good samples are: networks whose features are compared, and TF-GAN's distances between those features.
-
-Every figure carries the name of its network: 'fid', 'kid' and 'is' are Inception's; the digits classifier's figures are
-'fid_digits_classifier' and so on.
-"""
+"""Feature networks, Inception and classifiers of labelled sets, and cached features of the data."""
 
 import contextlib
 import dataclasses
 import hashlib
 import inspect
 import logging
-import math
 import os
 import tempfile
 import threading
@@ -28,98 +23,14 @@ from jaxtyping import Array, Float, UInt8
 
 import datasets
 from tfgan_compat import tensorflow_gan
-from utils import InputError, atomic_path
+from utils import InputError, write_arrays
 
 logger = logging.getLogger("seqrf")
 
-KERNEL_BLOCK = 1024  # the kernel distance is the mean over blocks of at most this many samples
 MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
 DIGITS_TRAINED_ON = 1500  # the other 297 digits are held out to test the classifier
 INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"  # as in TF-GAN, whose import takes seconds
 HUB_SECONDS = 8  # to wait for TF-Hub's answer before saying that it cannot be reached
-
-
-def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Frechet distance of the normal distributions with the features' means and covariances (TF-GAN's).
-
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)); with Inception's features the FID (Heusel et al.,
-    arXiv 1706.08500). Rounding can take the distance of equal sets a little below 0.
-
-    Raises:
-      ValueError: fewer than two samples, different widths, or values that are not finite.
-    """
-    a, b = _comparable(a, b)
-    return float(tensorflow_gan().eval.frechet_classifier_distance_from_activations(a, b))
-
-
-def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Squared maximum mean discrepancy under the kernel (x.y/d + 1)^3, unbiased, so around 0 for equal distributions.
-
-    With Inception's features the KID (Binkowski et al., arXiv 1801.01401); TF-GAN's block estimator: the mean over
-    ceil(max(n, m) / KERNEL_BLOCK) blocks. Both sets are put into a fixed random order first, so that blocks are alike
-    however the sets are sorted; the same sets give the same figure.
-
-    Raises:
-      ValueError: as `frechet_distance`, or one set is so much smaller that a block would have fewer than two of it.
-    """
-    a, b = _comparable(a, b)
-    blocks = -(-max(len(a), len(b)) // KERNEL_BLOCK)
-    if min(len(a), len(b)) < 2 * blocks:
-        raise ValueError(f"sets of {len(a)} and {len(b)} samples are too unequal for {blocks} blocks of two or more")
-    order = np.random.default_rng(0)
-    tf = datasets.tensorflow_on_cpu()
-    a, b = (tf.constant(order.permutation(x)) for x in (a, b))
-    return float(tensorflow_gan().eval.kernel_classifier_distance_from_activations(a, b, max_block_size=KERNEL_BLOCK))
-
-
-def least_samples(real: int) -> int:
-    """The fewest samples whose `kernel_distance` to the features of `real` images can be told."""
-    return 2 * math.ceil(min(real, MAX_REAL) / KERNEL_BLOCK)
-
-
-def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:
-    """exp(E KL(p(y|x) || p(y))), from 1 to the number of classes (Salimans et al., arXiv 1606.03498; TF-GAN's).
-
-    Raises:
-      ValueError: fewer than two samples, or values that are not finite.
-    """
-    return float(tensorflow_gan().eval.classifier_score_from_logits(_checked("logits", logits)))
-
-
-def _checked(name: str, x: np.ndarray) -> np.ndarray:
-    """`x` in double precision once it is known to be [n >= 2, d] and finite."""
-    if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
-        raise ValueError(f"{name} must be [n, d] with two samples or more, got shape {x.shape}")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} has values that are not finite")
-    return np.asarray(x, np.float64)
-
-
-def _comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of features of one width, in double precision."""
-    a, b = _checked("the first set", a), _checked("the second set", b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features; they must come from one network")
-    return a, b
-
-
-def sample_distances(
-    network_name: str,
-    real_features: Float[np.ndarray, "n d"],
-    fake_features: Float[np.ndarray, "m d"],
-    fake_logits: Float[np.ndarray, "m classes"],
-) -> dict[str, float]:
-    """The metrics of generated images under the names that they are reported by, as the module's first lines say.
-
-    Raises:
-      ValueError: as the distances.
-    """
-    suffix = "" if network_name == "inception" else f"_{network_name}"
-    return {
-        f"fid{suffix}": frechet_distance(real_features, fake_features),
-        f"kid{suffix}": kernel_distance(real_features, fake_features),
-        f"is{suffix}": inception_score(fake_logits),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +83,25 @@ def real_features(
     return _cached(_folder(cache_dir) / f"features_{network.name}_{key}.npz", compute)["features"]
 
 
+@dataclasses.dataclass(frozen=True)
+class DataFeatures:
+    """A feature network and its features [n, d] of a data set's images, which samples are compared with."""
+
+    network: FeatureNetwork
+    features: Float[np.ndarray, "n d"]
+
+
+def data_features(data, inception_path: str, batch_size: int, cache_dir=None) -> DataFeatures:
+    """The feature network of `config.data` and its features of the training images.
+
+    Raises:
+      InputError: as `feature_network` and `datasets.image_source`, before any feature is computed.
+    """
+    network = feature_network(data, inception_path, cache_dir)
+    source = datasets.image_source(data)
+    return DataFeatures(network, real_features(network, source, batch_size, cache_dir))
+
+
 def cache_folder() -> epath.Path:
     """Where trained classifiers and features are kept: $SEQRF_CACHE, else ~/.cache/seqrf."""
     return epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
@@ -196,8 +126,7 @@ def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> d
             logger.warning("%s is damaged (%s) and is made again", path, error)
     arrays = compute()
     try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, names=list(arrays), **arrays)
+        write_arrays(path, names=np.array(list(arrays)), **arrays)
     except OSError as error:
         logger.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
     return arrays

@@ -17,13 +17,13 @@ from etils import epath
 import adaptive
 import checkpoints
 import datasets
+import evaluation
 import features
 import figures
 import losses
 import models
 import parallel
 import reflow
-import sampler
 import segments
 import sources
 import tfgan_compat
@@ -31,6 +31,7 @@ import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
 from pairs import plan as pairplan
+from sampler import Sampler
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
@@ -134,11 +135,11 @@ class _Run:
     config: Any
     folder: epath.Path
     model: Any
-    flow: sampler.Flow
+    sampler: Sampler
     info: dict
     kept: checkpoints.RunCheckpoints
     tracker: tracking.Tracker
-    features: tuple | None  # as `_features`; None where no snapshot is measured
+    features: features.DataFeatures | None  # None where no snapshot is measured
 
 
 def _train_stage(config, workdir, stage: Stage, log_name):
@@ -154,10 +155,10 @@ def _train_stage(config, workdir, stage: Stage, log_name):
         if start >= config.training.n_iters and not is_new and _is_shown(config, folder, start):
             logger.info("%s has its %d updates already", folder, start)
             return
-        features = _features(config, config.training.snapshot_fid_sample) if _measures_snapshots(config) else None
+        features = _data_features(config) if _measures_snapshots(config) else None
         tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.name}", resume_step=start)
         with contextlib.closing(tracker):
-            run = _Run(config, folder, model, _flow(config, model, boundaries), info, kept, tracker, features)
+            run = _Run(config, folder, model, _sampler(config, model, boundaries), info, kept, tracker, features)
             if is_new:
                 _keep(run, state)
             elif start in checkpoints.steps_in(folder) and not _is_shown(config, folder, start):
@@ -289,19 +290,15 @@ def _show(run: _Run, state: losses.TrainState):
     config, step = run.config, int(state.step)
     if jax.process_index() or not config.training.snapshot_sampling:
         return
-    flow, params, centered = run.flow, state.ema_params, config.data.centered
-    flow = sampler.with_time_grid(flow, params, config.sampling.time_grid)
-    count, size = config.training.snapshot_fid_sample, config.eval.batch_size
+    params, centered = state.ema_params, config.data.centered
+    sampler = run.sampler.with_time_grid(params, config.sampling.time_grid)
     if run.features:
-        network, real = run.features
-        quality, images = sampler.sample_quality(
-            flow, params, count, size, network=network, real=real, centered=centered
-        )
+        count, size = config.training.snapshot_fid_sample, config.eval.batch_size
+        quality, images = evaluation.sample_quality(sampler, params, count, size, real=run.features, centered=centered)
         run.tracker.log(step, quality)
         run.tracker.flush()
     else:
-        images = next(sampler.samples(flow, params, SHOWN_IMAGES, SHOWN_IMAGES, sampler.Cost()))
-        images = datasets.unscale(images, centered)
+        images = datasets.unscale(next(sampler.samples(params, SHOWN_IMAGES, SHOWN_IMAGES)), centered)
     figures.draw_images(_picture_of(run.folder, step), images[:SHOWN_IMAGES])
     run.tracker.picture(step, "samples", _picture_of(run.folder, step))
 
@@ -332,14 +329,14 @@ def _is_abstract(tree):
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _flow(config, model, boundaries) -> sampler.Flow:
+def _sampler(config, model, boundaries) -> Sampler:
     """How the configuration's `sampling` section samples a network."""
     sampling_settings = config.sampling
     options = {"method": "ode", "tol": sampling_settings.tol, "solver": sampling_settings.solver}
     options["error_norm"] = sampling_settings.error_norm
     if sampling_settings.method == "pc":
         options = {"method": "pc", "predictor": sampling_settings.predictor, "num_scales": config.model.num_scales}
-    return sampler.Flow(
+    return Sampler(
         model=model,
         boundaries=np.asarray(boundaries, np.float32),
         image_shape=sources.image_shape(config),
@@ -348,21 +345,8 @@ def _flow(config, model, boundaries) -> sampler.Flow:
     )
 
 
-def _features(config, samples: int):
-    """The feature network of the data set and its features of all real images, which `samples` are compared with.
-
-    Raises:
-      InputError: there is no network or no data set, or too few samples; before features are computed.
-    """
-    network = features.feature_network(config.data, config.eval.inception_path)
-    source = datasets.image_source(config.data)
-    least = features.least_samples(source.size)
-    if samples < least:
-        raise InputError(
-            f"{samples} samples are too few to compare with the {source.size:,} images of {source.name}; use "
-            f"eval.num_samples, or training.snapshot_fid_sample, of {least} or more"
-        )
-    return network, features.real_features(network, source, config.eval.batch_size)
+def _data_features(config) -> features.DataFeatures:
+    return features.data_features(config.data, config.eval.inception_path, config.eval.batch_size)
 
 
 def _tracker(config, folder, workdir, name, **options):
@@ -437,8 +421,8 @@ def _pair_boundaries(config, workdir, model, teacher):
         return np.float32(manifest["boundaries"]), {}
     if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
-    flow = _flow(config, model, segments.uniform_boundaries(k))
-    division = adaptive.best_division(sampler.fine_distances(flow, teacher), k)
+    sampler = _sampler(config, model, segments.uniform_boundaries(k))
+    division = adaptive.best_division(sampler.fine_distances(teacher), k)
     logger.info(
         "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", division.boundaries, division.cost, division.uniform_cost
     )
@@ -470,49 +454,51 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
     check_steps(config, "eval")
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
-    features = _features(config, config.eval.num_samples)
+    real = _data_features(config)
     folder, model = workdir / eval_folder, models.create_model(config)
-    flows = {}  # by boundaries, which all checkpoints of a run share: what is compiled is compiled once
+    samplers = {}  # by boundaries, which all checkpoints of a run share: what is compiled is compiled once
     with contextlib.closing(_tracker(config, folder, workdir, f"{log_name}-{eval_folder}")) as tracker:
         for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
             weights = loaded.pop(step, None) or source.load()
             boundaries = sources.evaluated_boundaries(config, workdir, source)
-            flow = flows.setdefault(str(boundaries), _flow(config, model, boundaries))
+            sampler = samplers.setdefault(str(boundaries), _sampler(config, model, boundaries))
             step = int(weights.step) if step is None else step
-            _evaluate_checkpoint(config, flow, weights.ema_params, step, features, folder / f"step_{step}", tracker)
+            _evaluate_checkpoint(config, sampler, weights.ema_params, step, real, folder / f"step_{step}", tracker)
 
 
-def _evaluate_checkpoint(config, flow, params, step: int, features, folder, tracker):
-    network, real = features
-    settings = _settings(config, flow, params, network)
+def _evaluate_checkpoint(config, sampler, params, step: int, real, folder, tracker):
+    protocol = _protocol(config, sampler)
+    settings = evaluation.settings(
+        sampler,
+        params,
+        protocol,
+        real,
+        sampling=config.sampling.to_dict() | {"num_scales": config.model.num_scales},
+        data=f"{config.data.dataset} {config.data.category}".strip(),
+    )
     if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
         return
     tfgan_compat.import_in_background()  # while the samplers are compiled
-    values = _measure(config, flow, params, network, real, folder)
-    named = {"step": step, "model": _model_name(config), "sampler": _sampler_name(config)}
+    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder)
+    named = {"step": step, "model": _model_name(config), "sampler": sampler.name}
     utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
     tracker.log(step, values)
     _show_pictures(tracker, step, folder)
 
 
-def _settings(config, flow, params, network) -> dict:
-    """What a measurement depends on: where all of it is the same, measuring again gives the same."""
-    return {
-        "weights": checkpoints.fingerprint(params),
-        "sampling": config.sampling.to_dict() | {"num_scales": config.model.num_scales},
-        "boundaries": [float(b) for b in flow.boundaries],
-        "measured_boundaries": [float(b) for b in _measured_boundaries(config, flow)],
-        "num_samples": config.eval.num_samples,
-        "straightness_samples": config.eval.straightness_samples,
-        "save_trajectory": config.eval.save_trajectory,
-        "seed": config.seed,
-        "network": f"{network.name} {network.identity}",
-        "data": f"{config.data.dataset} {config.data.category}".strip(),
-        # The adaptive solver shares its steps over a device's batch.
-        "batch_size": config.eval.batch_size,
-        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-    }
+def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
+    # The sequential straightness of a 1-RF is measured over the segments that it would be cut into.
+    is_segmented = config.model.rf_phase == 2
+    return evaluation.Protocol(
+        num_samples=config.eval.num_samples,
+        straightness_samples=config.eval.straightness_samples,
+        batch_size=config.eval.batch_size,
+        boundaries=sampler.boundaries if is_segmented else segments.uniform_boundaries(config.eval.segments),
+        centered=config.data.centered,
+        time_grid=config.sampling.time_grid,
+        save_trajectory=config.eval.save_trajectory,
+    )
 
 
 def _evaluated_stage(config) -> str:
@@ -526,49 +512,3 @@ def _model_name(config) -> str:
     if config.model.rf_phase == 1:
         return "1-RF"
     return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if config.eval.reflow_mode == "eval_distill" else "")
-
-
-def _sampler_name(config) -> str:
-    if config.sampling.method == "ode":
-        return "ODE"
-    names = {"rf_solver": "Euler", "rf_solver_heun": "Heun"}
-    return f"{names.get(config.sampling.predictor, config.sampling.predictor)} {config.model.num_scales}"
-
-
-def _measured_boundaries(config, flow):
-    """The segments that sequential straightness is measured over: of a 1-RF, those that it would be cut into."""
-    if config.model.rf_phase == 2:
-        return flow.boundaries
-    return segments.uniform_boundaries(config.eval.segments)
-
-
-def _measure(config, flow, params, network, real, folder) -> dict[str, float]:
-    """All numbers of one checkpoint; its pictures and curves go into `folder`."""
-    centered = config.data.centered
-    flow = sampler.with_time_grid(flow, params, config.sampling.time_grid)
-    batch_size = config.eval.batch_size
-    measured = _measured_boundaries(config, flow)
-    shape = sampler.flow_shape(flow, params, measured, config.eval.straightness_samples, batch_size)
-    quality, images = sampler.sample_quality(
-        flow, params, config.eval.num_samples, batch_size, network=network, real=real, centered=centered
-    )
-    figures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
-    curves = {"straightness": shape.curve, "sequential straightness": shape.sequential_curve}
-    figures.draw_straightness(folder / "straightness.png", shape.ts, curves, measured)
-    utils.write_arrays(
-        folder / "straightness.npz",
-        ts=shape.ts,
-        curve=shape.curve,
-        sequential_curve=shape.sequential_curve,
-        boundaries=measured,
-    )
-    if config.eval.save_trajectory:
-        ts, xs = sampler.trajectory(flow, params, min(batch_size, SHOWN_IMAGES))
-        utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
-        figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, centered))
-    return {
-        **quality,
-        "straightness": shape.straightness,
-        "sequential_straightness": shape.sequential_straightness,
-        "truncation_error": shape.truncation_error,
-    }

@@ -22,11 +22,12 @@ from bench_sampling import scipy_solve
 
 import adaptive
 import checkpoints
+import evaluation
 import models
-import sampler
 import sampling
 import segments
 from configs.rf import digits_rf_continuous
+from sampler import Sampler
 from utils import InputError
 
 IMAGES = 64  # solved together, whose steps they share
@@ -58,17 +59,17 @@ def check_solver(velocity, z, k: int) -> bool:
     return good
 
 
-def check_adaptive(flow: sampler.Flow, params, distances, k: int) -> bool:
+def check_adaptive(sampler: Sampler, params, distances, k: int) -> bool:
     """Prints both sequential straightnesses on noises that the boundaries were not chosen on; True if it fell."""
     division = adaptive.best_division(distances, k)
-    others = sampler.Flow(flow.model, flow.boundaries, flow.image_shape, flow.options, flow.seed + 1)
-    shapes = {
-        name: sampler.flow_shape(others, params, boundaries, NOISES, NOISES).sequential_straightness
+    others = Sampler(sampler.model, sampler.boundaries, sampler.image_shape, sampler.options, sampler.seed + 1)
+    measured = {
+        name: evaluation.trajectory_metrics(others, params, boundaries, NOISES, NOISES).sequential_straightness
         for name, boundaries in (("uniform", segments.uniform_boundaries(k)), ("adaptive", division.boundaries))
     }
-    good = shapes["adaptive"] <= shapes["uniform"]
+    good = measured["adaptive"] <= measured["uniform"]
     print(
-        f"k = {k}: sequential straightness uniform {shapes['uniform']:.4g}, adaptive {shapes['adaptive']:.4g} with "
+        f"k = {k}: sequential straightness uniform {measured['uniform']:.4g}, adaptive {measured['adaptive']:.4g} with "
         f"boundaries {np.round(division.boundaries.astype(float), 3).tolist()}" + ("" if good else "   MISSED"),
         flush=True,
     )
@@ -89,9 +90,9 @@ def main() -> int:
     z = np.random.default_rng(0).standard_normal((IMAGES, *shape), np.float32)
     good = [check_solver(models.velocity_fn(model, params), z, 1)]
     options = {"method": "ode", "tol": 1e-4, "solver": "dopri5", "error_norm": "batch"}
-    flow = sampler.Flow(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
-    distances = sampler.fine_distances(flow, params)
-    good += [check_adaptive(flow, params, distances, k) for k in (2, 4)]
+    sampler = Sampler(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
+    distances = sampler.fine_distances(params)
+    good += [check_adaptive(sampler, params, distances, k) for k in (2, 4)]
     # The same weights in every segment of a network with two heads: segments change where the solver starts anew.
     config.training.reflow_t = 2
     params = checkpoints.load_weights(Path(workdir) / "1_rf", config).ema_params

@@ -1,6 +1,5 @@
-"""Distances against independent formulae; feature networks, their caches and the errors that users see."""
+"""Feature networks, their caches, and the errors that users see."""
 
-import math
 import os
 import socket
 import time
@@ -9,139 +8,13 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-import scipy.linalg
 import tensorflow as tf
 
 import datasets
+import evaluation
 import features
 from tfgan_compat import tensorflow_gan
 from utils import InputError
-
-
-def random_features(n, d, seed, shift=0.0):
-    """Correlated features of about unit size."""
-    rng = np.random.default_rng(seed)
-    mix = np.random.default_rng(d).normal(size=(d, d)) / math.sqrt(d)
-    return (rng.normal(size=(n, d)) @ mix + shift).astype(np.float32)
-
-
-def frechet_by_scipy(a, b):
-    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
-    spread = np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root
-    return np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(spread)
-
-
-def mmd_by_numpy(a, b):
-    """The unbiased estimator over all pairs, without blocks."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
-
-
-def test_frechet_distance_is_scipys():
-    a, b = random_features(400, 12, 0), random_features(300, 12, 1, shift=0.3)
-    assert features.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
-
-
-def test_frechet_distance_of_a_shift_and_of_a_set_with_itself():
-    a = random_features(500, 5, 0)
-    assert isinstance(features.frechet_distance(a, a), float)
-    assert features.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert features.frechet_distance(a, a + np.float32(0.5)) == pytest.approx(5 * 0.25, rel=1e-4)
-
-
-def test_frechet_distance_with_fewer_samples_than_features():
-    a, b = random_features(10, 30, 0), random_features(12, 30, 1)
-    assert features.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-4)
-
-
-def test_frechet_distance_is_fast():
-    a, b = random_features(5000, 64, 0), random_features(5000, 64, 1)
-    features.frechet_distance(a, b)
-    start = time.process_time()
-    features.frechet_distance(a, b)
-    assert time.process_time() - start < 1
-
-
-def test_kernel_distance_is_the_unbiased_estimator():
-    a, b = random_features(300, 8, 0), random_features(200, 8, 1, shift=0.2)
-    assert features.kernel_distance(a, b) == pytest.approx(mmd_by_numpy(a, b), rel=1e-9)
-    assert features.kernel_distance(a, b) == features.kernel_distance(a, b)
-
-
-def test_kernel_distance_in_blocks_does_not_depend_on_how_the_sets_are_sorted():
-    a, b = random_features(2500, 8, 0), random_features(1300, 8, 1, shift=0.2)
-    whole = mmd_by_numpy(a, b)
-    assert features.kernel_distance(a, b) == pytest.approx(whole, rel=0.1)
-    by_size = [x[np.argsort(x[:, 0])] for x in (a, b)]
-    assert features.kernel_distance(*by_size) == pytest.approx(whole, rel=0.1)
-
-
-def test_kernel_distance_is_not_biased():
-    distances = [
-        features.kernel_distance(random_features(60, 4, 2 * i), random_features(60, 4, 2 * i + 1)) for i in range(40)
-    ]
-    assert min(distances) < 0
-    assert abs(np.mean(distances)) < 4 * np.std(distances) / math.sqrt(len(distances))
-
-
-def test_kernel_distance_refuses_blocks_of_one():
-    with pytest.raises(ValueError, match="3000 samples are too unequal for 3 blocks"):
-        features.kernel_distance(random_features(5, 4, 0), random_features(3000, 4, 1))
-
-
-def test_inception_score_is_the_formula():
-    logits = 3 * np.random.default_rng(0).normal(size=(200, 10))
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    expected = np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), 1)))
-    assert features.inception_score(logits) == pytest.approx(expected, rel=1e-9)
-    assert features.inception_score(np.zeros((4, 10))) == pytest.approx(1)
-    assert features.inception_score(100 * np.eye(10)) == pytest.approx(10)
-
-
-BAD = np.array([[0.0, 1.0], [np.nan, 0.0]])
-
-
-@pytest.mark.parametrize("distance", [features.frechet_distance, features.kernel_distance])
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (np.zeros((1, 2)), np.zeros((5, 2)), "first set must be .* two samples or more, got shape"),
-        (np.zeros((5, 2)), np.zeros((0, 2)), "second set must be"),
-        (np.zeros((5, 2)), BAD, "second set has values that are not finite"),
-    ],
-)
-def test_sets_that_cannot_be_compared(distance, a, b, message):
-    with pytest.raises(ValueError, match=message):
-        distance(a, b)
-
-
-def test_sets_of_different_width_or_bad_logits():
-    with pytest.raises(ValueError, match="2 and 3 features"):
-        features._comparable(np.zeros((5, 2)), np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="logits has values that are not finite"):
-        features.inception_score(BAD)
-    with pytest.raises(ValueError, match="logits must be"):
-        features.inception_score(np.zeros((1, 10)))
-
-
-def test_figures_carry_the_name_of_their_network():
-    real, fake, logits = random_features(50, 6, 0), random_features(60, 6, 1), random_features(60, 10, 2)
-    other = features.sample_distances("digits_classifier", real, fake, logits)
-    assert set(other) == {"fid_digits_classifier", "kid_digits_classifier", "is_digits_classifier"}
-    plain = features.sample_distances("inception", real, fake, logits)
-    assert plain == {name.removesuffix("_digits_classifier"): value for name, value in other.items()}
-    assert plain["fid"] == features.frechet_distance(real, fake)
-    assert plain["kid"] == features.kernel_distance(real, fake)
-    assert plain["is"] == features.inception_score(logits)
-
 
 # ---- the digits classifier
 
@@ -172,7 +45,7 @@ def test_the_classifiers_distance_grows_with_the_damage_to_the_images(classifier
     noise = np.random.default_rng(0).normal(size=images.shape)
     real = network.features_and_logits(images)[0]
     distances = [
-        features.frechet_distance(
+        evaluation.frechet_distance(
             real, network.features_and_logits(np.clip(images + scale * noise, 0, 255).astype(np.uint8))[0]
         )
         for scale in (0, 20, 60)

@@ -1,0 +1,377 @@
+"""All numbers of one checkpoint: distances between samples and data, straightness, truncation error.
+
+Distances compare the features of a network (`features`), and every figure carries its name: 'fid', 'kid' and 'is' are
+Inception's, 'fid_digits_classifier' and so on another network's (docs/method.md, section 11).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+import checkpoints
+import datasets
+import figures
+import sampling
+import utils
+from features import DataFeatures
+from sampler import Cost, Sampler, check_finite
+from tfgan_compat import tensorflow_gan
+
+SHOWN_IMAGES = 64
+BLOCK = 1024  # rows of the matrices of kernels and distances that are in memory at a time
+
+
+# --- distances between two sets of features ---------------------------------------------------------------------------
+
+
+def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+    """Frechet distance of the normal distributions with the features' means and covariances (TF-GAN's).
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)); with Inception's features the FID (Heusel et al.,
+    arXiv 1706.08500). Rounding can take the distance of equal sets a little below 0.
+
+    Raises:
+      ValueError: fewer than two samples, different widths, or values that are not finite.
+    """
+    a, b = _comparable(a, b)
+    return float(tensorflow_gan().eval.frechet_classifier_distance_from_activations(a, b))
+
+
+def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+    """Squared maximum mean discrepancy under the kernel (x.y/d + 1)^3; with Inception's features the KID.
+
+    The U-statistic over all pairs (Gretton et al., JMLR 13, eq. 3; Binkowski et al., arXiv 1801.01401): unbiased, so
+    around 0, and sometimes below, for equal distributions.
+
+    Raises:
+      ValueError: as `frechet_distance`.
+    """
+    return kernel_distance_and_error(a, b)[0]
+
+
+def kernel_distance_and_error(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> tuple[float, float]:
+    """`kernel_distance` and its standard error by the jackknife, over the samples of both sets.
+
+    The variance is the sum over both sets of (n - 1)/n sum_i (U_-i - mean U_-i)^2, U_-i the estimate without sample i
+    (Efron and Stein, 1981). On average it is not too small; where the distributions are equal the statistic is
+    degenerate, the variance too large and the statistic not normal. NaN where a set has two samples.
+
+    Raises:
+      ValueError: as `frechet_distance`.
+    """
+    a, b = _comparable(a, b)
+    n, m = len(a), len(b)
+    (row_a, row_b), within_a, within_b = _kernel_sums(a, b), _kernel_sums(a, a)[0], _kernel_sums(b, b)[0]
+    within_a, within_b = within_a - _kernel_diagonal(a), within_b - _kernel_diagonal(b)
+    cross = row_a.sum()
+
+    def estimate(sum_a, sum_b, sum_cross, n, m):
+        return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_cross / (n * m)
+
+    total = within_a.sum(), within_b.sum()
+    distance = estimate(*total, cross, n, m)
+    if min(n, m) < 3:
+        return float(distance), float("nan")
+    without_a = estimate(total[0] - 2 * within_a, total[1], cross - row_a, n - 1, m)
+    without_b = estimate(total[0], total[1] - 2 * within_b, cross - row_b, n, m - 1)
+    variance = (n - 1) * np.var(without_a) + (m - 1) * np.var(without_b)
+    return float(distance), float(np.sqrt(variance))
+
+
+def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the kernel matrix over its columns [n] and over its rows [m], a block of rows in memory at a time."""
+    rows, columns = [], np.zeros(len(b))
+    for start in range(0, len(a), BLOCK):
+        kernel = (a[start : start + BLOCK] @ b.T / a.shape[1] + 1) ** 3
+        rows.append(kernel.sum(axis=1))
+        columns += kernel.sum(axis=0)
+    return np.concatenate(rows), columns
+
+
+def _kernel_diagonal(a: np.ndarray) -> np.ndarray:
+    return (np.einsum("nd,nd->n", a, a) / a.shape[1] + 1) ** 3
+
+
+def precision_recall(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
+
+    A set's manifold is the union of balls around its samples, each as wide as the distance to its k-th nearest
+    neighbour. Precision is the share of `fake` on the manifold of `real`, recall that of `real` on the one of `fake`.
+
+    Raises:
+      ValueError: as `frechet_distance`, or a set of k samples or fewer.
+    """
+    real, fake = _comparable(real, fake)
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"sets of {len(real)} and {len(fake)} samples have no {k}-th nearest neighbours")
+    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
+    is_precise, is_recalled = [], np.zeros(len(real), bool)
+    for distances in _squared_distances(fake, real):
+        start = len(is_precise)
+        is_precise.extend((distances <= real_radii).any(axis=1))
+        is_recalled |= (distances <= fake_radii[start : start + len(distances), None]).any(axis=0)
+    return float(np.mean(is_precise)), float(np.mean(is_recalled))
+
+
+def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
+    """[n] squared distances to the k-th nearest of the other samples."""
+    radii = []
+    for distances in _squared_distances(x, x):
+        rows = np.arange(len(distances))
+        distances[rows, len(radii) + rows] = np.inf  # itself
+        radii.extend(np.partition(distances, k - 1, axis=1)[:, k - 1])
+    return np.array(radii)
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray):
+    """Yields the matrix of squared distances, BLOCK rows of it at a time."""
+    squares = np.einsum("md,md->m", b, b)
+    for start in range(0, len(a), BLOCK):
+        rows = a[start : start + BLOCK]
+        yield np.einsum("nd,nd->n", rows, rows)[:, None] + squares - 2 * rows @ b.T
+
+
+def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:
+    """exp(E KL(p(y|x) || p(y))), from 1 to the number of classes (Salimans et al., arXiv 1606.03498; TF-GAN's).
+
+    Raises:
+      ValueError: fewer than two samples, or values that are not finite.
+    """
+    return float(tensorflow_gan().eval.classifier_score_from_logits(_checked("logits", logits)))
+
+
+def _checked(name: str, x: np.ndarray) -> np.ndarray:
+    """`x` in double precision once it is known to be [n >= 2, d] and finite."""
+    if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
+        raise ValueError(f"{name} must be [n, d] with two samples or more, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return np.asarray(x, np.float64)
+
+
+def _comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of features of one width, in double precision."""
+    a, b = _checked("the first set", a), _checked("the second set", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features; they must come from one network")
+    return a, b
+
+
+def sample_distances(
+    network_name: str,
+    real_features: Float[np.ndarray, "n d"],
+    fake_features: Float[np.ndarray, "m d"],
+    fake_logits: Float[np.ndarray, "m classes"],
+) -> dict[str, float]:
+    """The distances of generated images to the data, under the names of metrics.json.
+
+    Raises:
+      ValueError: as the distances.
+    """
+    suffix = "" if network_name == "inception" else f"_{network_name}"
+    kernel, error = kernel_distance_and_error(real_features, fake_features)
+    return {
+        f"fid{suffix}": frechet_distance(real_features, fake_features),
+        f"kid{suffix}": kernel,
+        f"kid_error{suffix}": error,
+        f"is{suffix}": inception_score(fake_logits),
+    }
+
+
+# --- numbers of a sampler with weights --------------------------------------------------------------------------------
+
+
+def sample_quality(
+    sampler: Sampler, params: Any, count: int, batch_size: int, *, real: DataFeatures, centered: bool
+) -> tuple[dict[str, float | int], Float[np.ndarray, "n h w c"]]:
+    """Distances between `count` samples and the data, and what the samples cost.
+
+    Args:
+      real: the feature network and its features of the data set.
+      centered: whether the sampler's images are in [-1, 1] rather than [0, 1].
+
+    Returns:
+      The numbers by name, and the first batch of the samples, in [0, 1].
+
+    Raises:
+      InputError: the solver could not reach its tolerance.
+    """
+    cost, features, logits, shown = Cost(), [], [], None
+    for x in sampler.samples(params, count, batch_size, cost):
+        unit = datasets.unscale(x, centered)
+        shown = unit if shown is None else shown
+        batch_features, batch_logits = real.network.features_and_logits((255 * unit + 0.5).astype(np.uint8))
+        features.append(batch_features)
+        logits.append(batch_logits)
+    name = real.network.name
+    distances = sample_distances(name, real.features, np.concatenate(features), np.concatenate(logits))
+    return {**distances, **cost.summary()}, shown
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryMetrics:
+    """Straightness over many noises (see `sampling.Straightness`), as NumPy values."""
+
+    straightness: float
+    sequential_straightness: float
+    ts: Float[np.ndarray, "n"]
+    curve: Float[np.ndarray, "n-1"]
+    sequential_curve: Float[np.ndarray, "n-1"]
+
+
+def trajectory_metrics(
+    sampler: Sampler, params: Any, boundaries: Any, count: int, batch_size: int
+) -> TrajectoryMetrics:
+    """Straightness over all of time, and over the segments between `boundaries` [k + 1].
+
+    A mean over `count` noises or a few more: all batches are whole, and as large as `batch_size` and memory allow. Only
+    curves leave the device.
+
+    Raises:
+      InputError: the solver could not reach its tolerance.
+    """
+
+    def measure(sampler, params, indices):
+        solved = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
+        return sampling.straightness(solved.ts, solved.xs, boundaries)
+
+    name = f"straightness over {' '.join(f'{b:.9g}' for b in boundaries)}"  # they are part of the program
+    per_device = sampler.trajectories_per_device(min(batch_size, count))
+    batches = [jax.device_get(r) for _, r, _ in sampler.map_noises(name, measure, params, count, per_device)]
+    # Every batch and device has the same number of noises, so means of means are means.
+    mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
+    check_finite(mean.total, sampler)
+    return TrajectoryMetrics(
+        straightness=float(mean.total),
+        sequential_straightness=float(mean.sequential),
+        ts=batches[0].ts[0],  # a mean of times would be a rounding error off the boundaries
+        curve=mean.curve,
+        sequential_curve=mean.sequential_curve,
+    )
+
+
+def rms_to_reference(
+    sampler: Sampler, params: Any, reference: Sampler, reference_params: Any, count: int, batch_size: int
+) -> float:
+    """RMS over pixels and `count` noises of (sample - the reference solve of another network from the same noise).
+
+    With the sampler's own network and weights the global truncation error (docs/method.md, section 6); with its
+    teacher's the distance to the teacher's own samples.
+
+    Args:
+      reference: whose network, segments and noises are solved at tolerance 1e-6, whatever its options are.
+
+    Raises:
+      InputError: one of the solvers could not reach its tolerance.
+    """
+    samples = sampler.samples(params, count, batch_size)
+    exact = reference.reference().samples(reference_params, count, batch_size)
+    squares = sum(np.sum(np.square(x - y, dtype=np.float64)) for x, y in zip(samples, exact, strict=True))
+    return float(np.sqrt(squares / (count * math.prod(sampler.image_shape))))
+
+
+# --- one checkpoint ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is measured of a checkpoint.
+
+    Attributes:
+      num_samples: behind the distances to the data.
+      straightness_samples: noises behind straightness, truncation error and the distance to the teacher.
+      batch_size: over all local devices.
+      boundaries: [k + 1] in t, of the segments that sequential straightness is measured over.
+      centered: whether images are in [-1, 1] rather than [0, 1].
+      time_grid: of the fixed grid: 'uniform', or 'adaptive' to the weights.
+      save_trajectory: whether to keep one batch's trajectory and its picture.
+    """
+
+    num_samples: int
+    straightness_samples: int
+    batch_size: int
+    boundaries: Float[np.ndarray, "boundaries"]
+    centered: bool
+    time_grid: str = "uniform"
+    save_trajectory: bool = False
+
+
+def evaluate_checkpoint(
+    sampler: Sampler,
+    params: Any,
+    protocol: Protocol,
+    real: DataFeatures,
+    folder: epath.Path,
+    teacher: tuple[Sampler, Any] | None = None,
+) -> dict[str, float | int]:
+    """The numbers of one checkpoint by their names in metrics.json; pictures and curves go into `folder`.
+
+    Args:
+      teacher: the teacher's sampler and parameters, for 'rms_to_teacher'.
+
+    Raises:
+      InputError: a solver could not reach its tolerance.
+    """
+    sampler = sampler.with_time_grid(params, protocol.time_grid)
+    count, batch_size = protocol.straightness_samples, protocol.batch_size
+    metrics = trajectory_metrics(sampler, params, protocol.boundaries, count, batch_size)
+    errors = {"truncation_error": rms_to_reference(sampler, params, sampler, params, count, batch_size)}
+    if teacher is not None:
+        errors["rms_to_teacher"] = rms_to_reference(sampler, params, *teacher, count, batch_size)
+    quality, images = sample_quality(
+        sampler, params, protocol.num_samples, batch_size, real=real, centered=protocol.centered
+    )
+    figures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
+    _keep_straightness(metrics, protocol.boundaries, folder)
+    if protocol.save_trajectory:
+        ts, xs = sampler.trajectory(params, min(batch_size, SHOWN_IMAGES))
+        utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
+        figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, protocol.centered))
+    straightness = {
+        "straightness": metrics.straightness,
+        "sequential_straightness": metrics.sequential_straightness,
+    }
+    return {**quality, **straightness, **errors}
+
+
+def _keep_straightness(metrics: TrajectoryMetrics, boundaries, folder: epath.Path) -> None:
+    curves = {"straightness": metrics.curve, "sequential straightness": metrics.sequential_curve}
+    figures.draw_straightness(folder / "straightness.png", metrics.ts, curves, boundaries)
+    utils.write_arrays(
+        folder / "straightness.npz",
+        ts=metrics.ts,
+        curve=metrics.curve,
+        sequential_curve=metrics.sequential_curve,
+        boundaries=boundaries,
+    )
+
+
+def settings(
+    sampler: Sampler, params: Any, protocol: Protocol, real: DataFeatures, *, sampling: dict[str, Any], data: str
+) -> dict[str, Any]:
+    """What the numbers of a checkpoint depend on: with equal settings another evaluation gives the same.
+
+    Args:
+      sampling: the configuration's settings of the sampler.
+      data: the name of the data set.
+    """
+    return {
+        "weights": checkpoints.fingerprint(params),
+        "sampling": sampling,
+        "boundaries": [float(b) for b in sampler.boundaries],
+        "measured_boundaries": [float(b) for b in protocol.boundaries],
+        "num_samples": protocol.num_samples,
+        "straightness_samples": protocol.straightness_samples,
+        "save_trajectory": protocol.save_trajectory,
+        "seed": sampler.seed,
+        "network": f"{real.network.name} {real.network.identity}",
+        "data": data,
+        # The adaptive solver shares its steps over a device's batch.
+        "batch_size": protocol.batch_size,
+        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+    }
