@@ -163,7 +163,7 @@ def cost_curve(
       ValueError: `boundaries` do not fall from 1 to 0.
     """
     fine = len(distances) - 1
-    places = np.round((1.0 - segments.checked_boundaries(boundaries).astype(np.float64)) * fine, 3)
+    places = np.round((1.0 - segments.validate_boundaries(boundaries).astype(np.float64)) * fine, 3)
     nodes = np.union1d(np.arange(fine + 1), places)
     velocity = np.diff(_state_weights(nodes, fine), axis=0) / (np.diff(nodes)[:, None] / fine)
     chord = np.diff(_state_weights(places, fine), axis=0) / (np.diff(places)[:, None] / fine)
@@ -221,7 +221,7 @@ def shares_of_steps(boundaries, num_scales: int, fine: int) -> list[tuple[int, i
       ValueError: `boundaries` do not fall from 1 to 0, N < k.
       InputError: a segment has fewer fine steps than steps.
     """
-    boundaries = segments.checked_boundaries(boundaries)
+    boundaries = segments.validate_boundaries(boundaries)
     counts = segments.steps_per_segment(num_scales, boundaries.size - 1)
     ends = np.rint((1.0 - boundaries.astype(np.float64)) * fine).astype(int).tolist()
     shares = list(zip(ends, ends[1:], counts, strict=False))

@@ -20,8 +20,6 @@ import segments
 from utils import InputError
 
 FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
-# The reference solve, which truncation error is measured against (docs/method.md, section 6).
-REFERENCE = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
 TRAJECTORY_BYTES = 1 << 30  # most memory of one device for the states of trajectories
 PREDICTOR_NAMES = {"rf_solver": "Euler", "rf_solver_heun": "Heun", "rf_reinterpolate": "Reinterpolate"}
 
@@ -85,7 +83,7 @@ class Sampler:
 
     def reference(self) -> "Sampler":
         """This network with the reference solve, on the same segments and noises."""
-        return dataclasses.replace(self, options=REFERENCE, time_grid=None)
+        return dataclasses.replace(self, options=sampling.REFERENCE, time_grid=None)
 
     def noise(self, indices: Int[Array | np.ndarray, "b"]) -> Float[Array, "b h w c"]:
         """The noises number `indices` of the endless sequence that `seed` defines."""
@@ -180,7 +178,7 @@ class Sampler:
         """
         if states is None:
             states = max(sampling.TRAJECTORY_POINTS, self.options.get("num_scales") or 0) + len(self.boundaries)
-        room = min(TRAJECTORY_BYTES, sampling.trajectory_room())
+        room = min(TRAJECTORY_BYTES, sampling.trajectory_memory())
         return max(1, min(_images_per_device(count), room // (4 * states * math.prod(self.image_shape))))
 
     def fine_distances(self, params: Any, batch_size: int = 16) -> Float[np.ndarray, "m m"]:

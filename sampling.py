@@ -1,7 +1,7 @@
-"""Samplers: dx/dtau = v(x, tau) from noise to data, segment by segment, on the device; and how straight they ran.
+"""Samplers: solves of dx/dtau = v(x, tau, segment), segment by segment on the device, and measures of trajectories.
 
-diffrax does the stepping. Ours are the segments, the exact count of network calls, the trajectories and the measures
-of design.md section 5.
+diffrax steps. This module adds the segments, SciPy's step control, the exact number of network calls (NFE), saved
+trajectories (docs/method.md, section 5), straightness and the global truncation error (section 6).
 """
 
 import dataclasses
@@ -24,11 +24,47 @@ from utils import InputError
 
 
 class Dopri5(diffrax.Dopri5):
-    """Dormand-Prince 5(4) with the error estimate of their paper, which SciPy uses too: diffrax's is 2/3 of it."""
+    """Dormand-Prince 5(4) with the error estimate of their paper, as in SciPy; diffrax's is 2/3 of it."""
 
     tableau: ClassVar[diffrax.ButcherTableau] = dataclasses.replace(
         diffrax.Dopri5.tableau, b_error=1.5 * diffrax.Dopri5.tableau.b_error
     )
+
+
+class Reinterpolate(diffrax.AbstractSolver):
+    """The sampler of arXiv 2405.20320 inside one segment, from (tau_s, x_s) to tau_e, which are the step's `args`.
+
+    A step from (tau, x) to tau' predicts the segment's end and goes to the point of the line from there to x_s at tau':
+
+        x_e = x + (tau_e - tau) v(x, tau),   u = (tau_e - tau') / (tau_e - tau_s),   x' = (1 - u) x_e + u x_s.
+
+    The state is x_s. A segment's first and last steps are Euler's, so the two samplers differ from three steps a
+    segment on. Exact on a straight segment. On a curved one it does not converge to the ODE's solution as N grows.
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+
+    def order(self, terms: diffrax.AbstractTerm) -> int:
+        """Of convergence, as diffrax asks; the first step's."""
+        return 1
+
+    def init(self, terms, t0, t1, y0, args):
+        """The state before the first step: the segment's start."""
+        return y0
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        """One step; `made_jump`: it is the segment's first."""
+        tau_start, tau_end = args
+        x_start = jnp.where(made_jump, y0, solver_state)
+        x_end = y0 + (tau_end - t0) * terms.vf(t0, y0, None)
+        u = (tau_end - t1) / (tau_end - tau_start)
+        y1 = (1 - u) * x_end + u * x_start
+        return y1, None, {"y0": y0, "y1": y1}, x_start, diffrax.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        """The velocity."""
+        return terms.vf(t0, y0, None)
 
 
 SOLVERS = {
@@ -39,29 +75,39 @@ SOLVERS = {
     "midpoint": diffrax.Midpoint,
     "ralston": diffrax.Ralston,
 }
-PREDICTORS = {"rf_solver": diffrax.Euler, "rf_solver_heun": diffrax.Heun} | SOLVERS
-METHODS = ("ode", "pc")
+PREDICTORS = {
+    "rf_solver": diffrax.Euler,
+    "rf_solver_heun": diffrax.Heun,
+    "rf_reinterpolate": Reinterpolate,
+    **SOLVERS,
+}
 ERROR_NORMS = ("batch", "sample")
-# Where a step must become shorter than SMALLEST_STEP units in the last place of its time, as in SciPy, or a segment
-# takes more than MAX_STEPS, the tolerance is out of float32's reach: the samples become NaN, for the caller to see.
+# The solve that global truncation error is measured against.
+REFERENCE = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
+# A step shorter than SMALLEST_STEP units in the last place of its time (SciPy's limit), or more than MAX_STEPS steps in
+# a segment: the tolerance cannot be reached in float32, and the state becomes NaN.
 SMALLEST_STEP = 10
 MAX_STEPS = 16_384
 SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0  # of SciPy's step control
-TRAJECTORY_POINTS = 128  # of an adaptive solve, at least, over all segments
+TRAJECTORY_POINTS = 128  # states saved by an adaptive solve, at least, over all segments
+
+
+# (x [B, ...], t [B] in [0, 1], segment index [B] int32) -> dx/dtau [B, ...]
+Velocity = Callable[[Array, Array, Array], Array]
 
 
 class Samples(NamedTuple):
-    """What a solve returns.
+    """The result of a solve.
 
     Attributes:
-      x: [B, ...] the state at the last boundary (t = 0: the samples). NaN where an adaptive solve could not reach
+      x: [B, ...] the final state (after `solve`: the samples, at t = 0). NaN where an adaptive solve could not reach
         its tolerance.
-      nfe: integer scalar, the network calls made for this batch: rejected steps and the choice of the first step
-        included.
-      nfe_each: [B] the calls that each image asked for (`error_norm="sample"`: its own steps; else all equal nfe).
+      nfe: integer scalar, the network calls made for this batch, including rejected steps and the choice of the first
+        step's size.
+      nfe_each: [B] the calls that each image needed (`error_norm="sample"`: its own steps; else all equal nfe).
       ts: [n] the times of the trajectory, from 1 to 0; None unless saved.
-      xs: [n, B, ...] its states; None unless saved. Of an adaptive solve they are the solver's own interpolation on
-        times uniform in each segment, which costs no network call.
+      xs: [n, B, ...] its states; None unless saved. An adaptive solve's are the solver's dense output at times uniform
+        in each segment, which costs no network call.
     """
 
     x: Float[Array, "b *image"]
@@ -72,9 +118,9 @@ class Samples(NamedTuple):
 
 
 def solve(
-    velocity,
+    velocity: Velocity,
     x: Float[Array, "b *image"],
-    boundaries,
+    boundaries: segments.TimesLike,
     *,
     method: str,
     tol: float | None = None,
@@ -83,49 +129,52 @@ def solve(
     save_trajectory: bool = False,
     solver: str = "dopri5",
     error_norm: str = "batch",
-    time_grid=None,
+    time_grid: segments.TimesLike | None = None,
 ) -> Samples:
-    """Carries noise x at t = 1 through every segment to t = 0 (design.md section 5). Works under jit and pmap.
+    """Solves from noise x at t = 1 through every segment to t = 0. Works under jit and pmap.
 
     Args:
       velocity: (x [B, ...], t [B] in [0, 1], index [B] int32) -> dx/dtau [B, ...].
       x: the noise.
-      boundaries: [k + 1] in t, falling from 1 to 0; like `time_grid` checked, unless it is traced.
-      method: "ode", adaptive steps with rtol = atol = `tol` by `solver`, or "pc", `num_scales` fixed steps of
-        `predictor` ("rf_solver" is Euler, "rf_solver_heun" is Heun, or a solver's name).
-      save_trajectory: also return the states on the way.
-      error_norm: "batch", one step size for all of x (SciPy's RK45 on the flattened batch), or "sample", one for
-        each image.
-      time_grid: [num_scales + 1] times for "pc" that contain the boundaries; None: uniform inside a segment.
+      boundaries: [k + 1] in t, decreasing from 1 to 0; may be traced, as may `time_grid`.
+      method: "ode": adaptive steps of `solver` with rtol = atol = `tol`. "pc": `num_scales` fixed steps of `predictor`.
+      tol: of "ode", above 0.
+      num_scales: N of "pc", at least k.
+      predictor: of "pc", a name in PREDICTORS; "rf_solver" (Euler, the default), "rf_solver_heun" (Heun),
+        "rf_reinterpolate" (`Reinterpolate`) or a Runge-Kutta method's name.
+      save_trajectory: also return the intermediate states.
+      solver: of "ode", a name in SOLVERS.
+      error_norm: of "ode", "batch": one step size for all of x (SciPy's RK45 on the flattened batch), or "sample": one
+        for each image.
+      time_grid: of "pc", [N + 1] times that contain the boundaries; None: uniform inside each segment.
 
     Raises:
-      ValueError: an unknown name, a missing tol, predictor or num_scales, num_scales < k; boundaries or times that do
-        not fall from 1 to 0, times that miss a boundary or are not num_scales + 1.
-      InputError: a trajectory that would not fit into memory; the message has its size.
+      ValueError: an unknown name, a missing tol or num_scales, num_scales < k; boundaries or times that do not decrease
+        from 1 to 0, times that lack a boundary or are not N + 1.
+      InputError: a trajectory that would not fit into memory.
     """
-    if not segments.is_traced(boundaries):
-        boundaries = segments.checked_boundaries(boundaries)
+    if not isinstance(boundaries, jax.core.Tracer):
+        boundaries = segments.validate_boundaries(boundaries)
+    boundaries = jnp.asarray(boundaries, jnp.float32)
     if method == "ode":
-        return _solve_adaptive(
-            velocity, x, jnp.asarray(boundaries, jnp.float32), tol, solver, error_norm, save_trajectory
-        )
+        return _solve_adaptive(velocity, x, boundaries, tol, solver, error_norm, save_trajectory)
     if method != "pc":
-        raise ValueError(f"unknown sampling method {method!r}; use one of {', '.join(METHODS)}")
+        raise ValueError(f"unknown sampling method {method!r}; use 'ode' or 'pc'")
     if num_scales is None:
-        raise ValueError("method 'pc' needs num_scales, the number of its steps")
+        raise ValueError("method 'pc' needs num_scales, the number of steps")
     if time_grid is None:
         grid = segments.step_grid(boundaries, num_scales)
     else:
         grid = segments.step_grid_of_times(boundaries, time_grid)
-        if grid.head.size != num_scales:
-            raise ValueError(
-                f"time_grid has {grid.head.size + 1} times; num_scales = {num_scales} needs {num_scales + 1}"
-            )
-    return _solve_fixed(velocity, x, grid, _named(PREDICTORS, predictor or "rf_solver", "predictor"), save_trajectory)
+        steps = grid.segment.size
+        if steps != num_scales:
+            raise ValueError(f"time_grid has {steps + 1} times; num_scales = {num_scales} needs {num_scales + 1}")
+    predictor = _make_solver(PREDICTORS, predictor or "rf_solver", "predictor")
+    return _solve_fixed(velocity, x, boundaries, grid, predictor, save_trajectory)
 
 
 def solve_segment(
-    velocity,
+    velocity: Velocity,
     x: Float[Array, "b *image"],
     t_start: Real[ArrayLike, ""],
     t_end: Real[ArrayLike, ""],
@@ -157,12 +206,12 @@ def solve_segment(
     return Samples(x=x, nfe=nfe, nfe_each=nfe_each)
 
 
-def full_precision(function):
-    """`function` (a velocity, say) with all of its float32 products really in float32, as adaptive solves are traced.
+def full_precision(function: Callable) -> Callable:
+    """`function` (a velocity, say) with all float32 products computed in float32, as in adaptive solves.
 
-    JAX's default on GPUs (TensorFloat32) and TPUs (bfloat16) makes errors of 1e-3 in every network call. To the step
-    control they look like a rough flow: it takes many times the steps, and the samples miss a small tolerance all the
-    same. A fixed grid cannot be misled so, and keeps the faster default.
+    JAX's default on GPUs (TensorFloat32) and TPUs (bfloat16) makes errors of 1e-3 in every network call. The step
+    control takes them for a rough velocity: it makes many times the steps and still misses a small tolerance. A fixed
+    grid has no step control and keeps the faster default.
     """
 
     def precise(*arguments):
@@ -172,14 +221,14 @@ def full_precision(function):
     return precise
 
 
-def _named(table, name, what):
+def _make_solver(table, name, setting):
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; use one of {', '.join(table)}")
+        raise ValueError(f"unknown {setting} {name!r}; use one of {', '.join(table)}")
     return table[name]()
 
 
 def _ode_term(velocity, index):
-    """The right-hand side for diffrax, in tau, with this segment's head."""
+    """The right-hand side for diffrax, in tau, with the weights of segment `index`."""
 
     def vector_field(tau, x, _):
         t = jnp.full(x.shape[:1], segments.t_of_tau(tau), jnp.float32)
@@ -201,23 +250,24 @@ def _calls_per_step(solver) -> int:
 # --- fixed grid -------------------------------------------------------------------------------------------------------
 
 
-def _solve_fixed(velocity, x, grid: segments.StepGrid, solver, save_trajectory) -> Samples:
+def _solve_fixed(velocity, x, boundaries, grid: segments.StepGrid, solver, save_trajectory) -> Samples:
+    steps = grid.segment.size
     if save_trajectory:
-        _refuse_oversized_trajectory(grid.head.size + 1, x)
+        _check_trajectory_memory(steps + 1, x)
+    taus = segments.tau_of_t(boundaries)
 
     def step(carry, now):
         x, solver_state = carry
         tau_from, tau_to = segments.tau_of_t(now.t_from), segments.tau_of_t(now.t_to)
-        term = _ode_term(velocity, now.head)
-        # A segment's first step is a jump for diffrax: the slope kept from the last segment had another head.
-        x, _, _, solver_state, _ = solver.step(term, tau_from, tau_to, x, None, solver_state, now.opens)
+        term, span = _ode_term(velocity, now.segment), (taus[now.segment], taus[now.segment + 1])
+        # A segment's first step is a jump for diffrax: a slope kept from the segment before had other weights.
+        x, _, _, solver_state, _ = solver.step(term, tau_from, tau_to, x, span, solver_state, now.starts_segment)
         return (x, solver_state), (x if save_trajectory else None)
 
-    first = solver.init(_ode_term(velocity, grid.head[0]), segments.EPS, 1.0, x, None)
+    first = solver.init(_ode_term(velocity, grid.segment[0]), segments.EPS, 1.0, x, None)
     (end, _), states = jax.lax.scan(step, (x, first), grid)
-    # Counted from shapes alone, so that it is right whatever the times are; the slope that an FSAL solver keeps is
-    # computed anew once a segment.
-    nfe = jnp.int32(_calls_per_step(solver) * grid.head.size) + _is_fsal(solver) * jnp.sum(grid.opens, dtype=jnp.int32)
+    # An FSAL solver computes the slope that it keeps anew once a segment.
+    nfe = jnp.int32(_calls_per_step(solver) * steps) + _is_fsal(solver) * jnp.sum(grid.starts_segment, dtype=jnp.int32)
     if not save_trajectory:
         return Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe))
     xs = jnp.concatenate([x[None], states])
@@ -231,7 +281,7 @@ def _solve_adaptive(velocity, x, boundaries, tol, solver, error_norm, save_traje
     k = boundaries.size - 1
     points = -(-TRAJECTORY_POINTS // k) if save_trajectory else None
     if save_trajectory:
-        _refuse_oversized_trajectory(k * points + 1, x)
+        _check_trajectory_memory(k * points + 1, x)
     segment_solver = _adaptive_segment_solver(velocity, tol, solver, error_norm, points)
     spans = (boundaries[:-1], boundaries[1:], jnp.arange(k, dtype=jnp.int32))
     end, (nfe, nfe_each, states) = jax.lax.scan(segment_solver, x, spans)
@@ -248,13 +298,13 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
         raise ValueError(f"method 'ode' needs a tolerance tol > 0, got {tol}")
     if error_norm not in ERROR_NORMS:
         raise ValueError(f"unknown error_norm {error_norm!r}; use one of {', '.join(ERROR_NORMS)}")
-    solver = _named(SOLVERS, solver, "solver")
+    solver = _make_solver(SOLVERS, solver, "solver")
 
     def batch(term, x, f0, taus):
         return _integrate(term, solver, x, f0, taus, tol)
 
     def each(term, x, f0, taus):
-        # A batch of one image under vmap: the network still sees whole batches, the controller one image at a time.
+        # A batch of one image under vmap: the network is still called with whole batches.
         def one(x, f0):
             return _integrate(term, solver, x[None], f0[None], taus, tol)
 
@@ -266,8 +316,8 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
         term = _ode_term(velocity, index)
         tau_start, tau_end = segments.tau_of_t(t_start), segments.tau_of_t(t_end)
         taus = (tau_start, tau_end, points)
-        # The first slope chooses the first step's size, and an FSAL solver is handed it: left to itself it would
-        # compute it anew at every rejected first step, and nobody could count the calls.
+        # The first slope chooses the first step's size and is passed on to an FSAL solver, which would compute it
+        # anew at every rejected first step, uncounted.
         f0 = term.vf(tau_start, x, None)
         end, steps, states = (each if error_norm == "sample" else batch)(term, x, f0, taus)
         # Two calls choose the first step's size.
@@ -305,9 +355,9 @@ def _first_step(term, x, f0, span, tol, error_order):
 class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
     """Step control exactly as SciPy's RK45 does it, starting with `first_step`.
 
-    diffrax's PIDController never makes a step smaller after one that was accepted, and so runs nearer to the tolerance
-    than SciPy. And `diffeqsolve(dt0=...)` would check its sign by a call of the host in every solve: a round trip, and
-    XLA keeps no program that has one in its compilation cache.
+    diffrax's PIDController does not shrink a step after an accepted one, and so runs nearer to the tolerance than
+    SciPy. And `diffeqsolve(dt0=...)` would check its sign by a call of the host in every solve: a round trip, and XLA
+    keeps no program that has one in its compilation cache.
     """
 
     rtol: float
@@ -319,11 +369,11 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
         return self
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        """The end of the first step; the state: whether the step before was rejected."""
+        """The first step's end, and the state: whether the previous step was rejected."""
         return t0 + jnp.maximum(self.first_step, _smallest_step(t0)), jnp.array(False)
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
-        """Keeps the step if its scaled error is below 1, and sizes the next by it: SAFETY error^(-1 / order)."""
+        """Keeps the step if its scaled error is below 1; the next is SAFETY error^(-1 / order) times as long."""
         scale = self.atol + self.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1_candidate))
         error = self.norm(y_error / scale)
         kept = error < 1  # false for NaN
@@ -368,26 +418,26 @@ def _integrate(term, solver, x, f0, taus, tol):
     return end, solution.stats["num_steps"], (None if points is None else solution.ys)
 
 
-def trajectory_room() -> int:
+def trajectory_memory() -> int:
     """Bytes that the states of a trajectory may take on one device: a quarter of its memory.
 
-    They are there twice while they are put together; the other half is the network's.
+    They exist twice while they are concatenated; the other half is left to the network.
     """
     statistics = jax.local_devices()[0].memory_stats() or {}
     if limit := statistics.get("bytes_limit"):
         return limit // 4
-    # A CPU's devices share its memory.
+    # CPU devices share one memory.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory // jax.local_device_count() // 4
 
 
-def _refuse_oversized_trajectory(states: int, x):
-    """Raises InputError, before anything is solved, when states x B x ... values are more than `trajectory_room`."""
-    needed, room = states * x.size * x.dtype.itemsize, trajectory_room()
-    if needed > room:
+def _check_trajectory_memory(states: int, x):
+    """Raises InputError, before any solve, if `states` states like x take more than `trajectory_memory`."""
+    needed, available = states * x.size * x.dtype.itemsize, trajectory_memory()
+    if needed > available:
         raise InputError(
             f"a trajectory of {states} states of shape {tuple(x.shape)} takes {needed / 1e9:.1f} GB, more than the "
-            f"{room / 1e9:.1f} GB that a device has for it; lower eval.batch_size or model.num_scales"
+            f"{available / 1e9:.1f} GB that a device has for it; lower eval.batch_size or model.num_scales"
         )
 
 
@@ -395,7 +445,7 @@ def _refuse_oversized_trajectory(states: int, x):
 
 
 class Straightness(NamedTuple):
-    """How far trajectories are from straight, as a mean over the batch of sums over pixels; 0 is straight.
+    """Straightness of trajectories: means over the batch of sums over pixels; 0 is straight.
 
     Attributes:
       total: S = integral over t in [0, 1] of E || (x_1 - x_0) - dx/dt ||^2 dt.
@@ -411,22 +461,26 @@ class Straightness(NamedTuple):
     sequential_curve: Float[Array, "n-1"]
 
 
-def straightness(ts: Float[Array, "n"], xs: Float[Array, "n b *image"], boundaries) -> Straightness:
-    """Straightness of the piecewise linear trajectories through `xs` (design.md section 5), over any segments.
+def straightness(
+    ts: Float[Array, "n"],
+    xs: Float[Array, "n b *image"],
+    boundaries: segments.TimesLike,
+) -> Straightness:
+    """Straightness of the piecewise linear trajectories through `xs`, in total and over the given segments.
 
-    Exact for Euler's trajectories, whose steps are straight; for an adaptive solve it is as fine as its states are
-    dense. The boundaries need not be among `ts`.
+    Exact for Euler's trajectories, whose steps are straight; an adaptive solve's is resolved as finely as its saved
+    states. The boundaries need not be among `ts`. docs/method.md, section 6.
 
     Args:
-      ts: times falling from 1 to 0, not necessarily uniform.
+      ts: times decreasing from 1 to 0, not necessarily uniform.
       xs: the states at those times.
       boundaries: [k + 1] in t, of the segments to measure over.
     """
     boundaries = jnp.asarray(boundaries, jnp.float32)
     lengths = ts[:-1] - ts[1:]
     per_time = jax.vmap(lambda start, end, x_start, x_end: (x_start - x_end) / (start - end))
-    chords = per_time(boundaries[:-1], boundaries[1:], *_between(ts, xs, boundaries))
-    # overlap[n, i]: how long step n runs inside segment i. A step across a boundary belongs to both.
+    chords = per_time(boundaries[:-1], boundaries[1:], *_boundary_states(ts, xs, boundaries))
+    # overlap[n, i]: the time that step n spends in segment i. A step across a boundary belongs to both.
     overlap = jnp.minimum(ts[:-1, None], boundaries[:-1]) - jnp.maximum(ts[1:, None], boundaries[1:])
     overlap = jnp.maximum(overlap, 0.0)
 
@@ -434,7 +488,7 @@ def straightness(ts: Float[Array, "n"], xs: Float[Array, "n b *image"], boundari
         return jnp.sum(difference**2) / xs.shape[1]
 
     def step(n):
-        # The states are read where they are: slices of them as inputs of the loop would be two more copies of all.
+        # Indexed inside the loop: slices as the loop's inputs would be two more copies of all states.
         slope = (xs[n] - xs[n + 1]) / lengths[n]
         per_segment = jax.lax.map(lambda chord: mean_square(chord - slope), chords)
         return mean_square(xs[0] - xs[-1] - slope), jnp.sum(overlap[n] * per_segment) / lengths[n]
@@ -449,16 +503,16 @@ def straightness(ts: Float[Array, "n"], xs: Float[Array, "n b *image"], boundari
     )
 
 
-def _between(ts, xs, times):
-    """The states at the starts and at the ends of the segments between `times`, on the piecewise linear path."""
-    after = jnp.clip(jnp.searchsorted(-ts, -times), 1, ts.size - 1)
-    share = (ts[after - 1] - times) / (ts[after - 1] - ts[after])
-    share = share.reshape(-1, *[1] * (xs.ndim - 1))
-    # Written so that a share of exactly 0 or 1 gives a saved state, bit for bit.
-    states = (1 - share) * xs[after - 1] + share * xs[after]
+def _boundary_states(ts, xs, boundaries):
+    """The states at the segments' starts and at their ends, interpolated linearly."""
+    after = jnp.clip(jnp.searchsorted(-ts, -boundaries), 1, ts.size - 1)
+    weight = (ts[after - 1] - boundaries) / (ts[after - 1] - ts[after])
+    weight = weight.reshape(-1, *[1] * (xs.ndim - 1))
+    # Written so that a weight of exactly 0 or 1 gives a saved state, bit for bit.
+    states = (1 - weight) * xs[after - 1] + weight * xs[after]
     return states[:-1], states[1:]
 
 
-def truncation_error(x: Float[Array, "b *image"], exact: Float[Array, "b *image"]) -> Float[Array, ""]:
-    """Global truncation error: RMS over pixels and batch of a sample and the same noise solved at tolerance 1e-6."""
-    return jnp.sqrt(jnp.mean((x - exact) ** 2))
+def truncation_error(x: Float[Array, "b *image"], reference: Float[Array, "b *image"]) -> Float[Array, ""]:
+    """Global truncation error: RMS over pixels and batch of samples minus the REFERENCE solve of the same noises."""
+    return jnp.sqrt(jnp.mean((x - reference) ** 2))

@@ -40,7 +40,7 @@ class CheckpointRef:
     @property
     def boundaries(self) -> Float[np.ndarray, "boundaries"]:
         """[k + 1] in t, of the segments that the weights were trained on."""
-        return segments.checked_boundaries(self.metadata["boundaries"])
+        return segments.validate_boundaries(self.metadata["boundaries"])
 
 
 def checkpoint_at(path, config) -> CheckpointRef:
@@ -117,7 +117,7 @@ def evaluated_boundaries(config, workdir, checkpoint: CheckpointRef) -> Float[np
         return checkpoint.boundaries
     manifest = reflow.read_manifest(workdir / PAIRS)
     if manifest is not None and manifest["k"] == k:
-        return segments.checked_boundaries(manifest["boundaries"])
+        return segments.validate_boundaries(manifest["boundaries"])
     return segments.uniform_boundaries(k)
 
 

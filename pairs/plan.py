@@ -106,7 +106,7 @@ def plan_pairs(*, folder, boundaries, pairs: int, file_size: int, dtype: str, **
       InputError: a number of pairs that is not positive, an unknown dtype.
       ValueError: boundaries that are none.
     """
-    boundaries = tuple(segments.checked_boundaries(boundaries).tolist())
+    boundaries = tuple(segments.validate_boundaries(boundaries).tolist())
     k = len(boundaries) - 1
     for name, value in (("training.n_reflow_data", pairs), ("training.reflow_file_size", file_size)):
         if value < 1:
@@ -249,7 +249,7 @@ def _is_of_kind(value, kind):
 
 def _are_boundaries(times):
     try:
-        segments.checked_boundaries(times)
+        segments.validate_boundaries(times)
     except (ValueError, OverflowError):
         return False
     return True

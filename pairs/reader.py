@@ -64,7 +64,7 @@ class PairSet:
         else:
             _refuse_incomplete(self.folder, manifest, self._numbers, partial)
         self.manifest = manifest
-        self.boundaries = segments.checked_boundaries(manifest["boundaries"])
+        self.boundaries = segments.validate_boundaries(manifest["boundaries"])
         self.k = len(self.boundaries) - 1
         self.image_shape = tuple(manifest["image_shape"])
         _refuse_unexpected(self.folder, manifest, expect or {})

@@ -144,7 +144,7 @@ def test_adaptive_times_are_kinks_and_exact_boundaries():
     assert times.dtype == np.float32
     np.testing.assert_array_equal(times, np.array([1, 0.89, 0.60, 1 / 3, 0.20, 0], np.float32))
     grid = segments.step_grid_of_times(boundaries, times)
-    np.testing.assert_array_equal(grid.head, [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(grid.segment, [0, 0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("num_scales", [3, 5, 7])

@@ -142,7 +142,7 @@ def test_trajectory_has_as_many_images_as_fit(monkeypatch):
     assert fewer.shape == (9, 6, *SHAPE)
     np.testing.assert_allclose(fewer, xs[:, :6], atol=1e-6)
     monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", 1 << 40)
-    monkeypatch.setattr(sampling, "trajectory_room", lambda: 1)
+    monkeypatch.setattr(sampling, "trajectory_memory", lambda: 1)
     with pytest.raises(InputError, match="GB"):  # not even one image
         sampler_of(Gaussian(), EULER).trajectory(GAUSSIAN, 64)
 

@@ -34,6 +34,7 @@ def straight(x, t, index):
         ("ode", {"tol": 1e-4, "error_norm": "sample"}),
         ("pc", {"num_scales": 7, "predictor": "rf_solver"}),
         ("pc", {"num_scales": 7, "predictor": "rf_solver_heun"}),
+        ("pc", {"num_scales": 7, "predictor": "rf_reinterpolate"}),
         ("pc", {"num_scales": 7, "predictor": "bosh3"}),
     ],
 )
@@ -123,7 +124,7 @@ def test_time_grid_is_followed():
         curved, NOISE, [1.0, 0.5, 0.0], method="pc", num_scales=3, time_grid=grid, save_trajectory=True
     )
     np.testing.assert_array_equal(seen.ts, grid)
-    with pytest.raises(ValueError, match="miss the segment boundaries"):
+    with pytest.raises(ValueError, match="lack the segment boundaries"):
         sampling.solve(curved, NOISE, [1.0, 0.4, 0.0], method="pc", num_scales=3, time_grid=grid)
     with pytest.raises(ValueError, match="4 times; num_scales = 5 needs 6"):
         sampling.solve(curved, NOISE, [1.0, 0.5, 0.0], method="pc", num_scales=5, time_grid=grid)
@@ -142,8 +143,8 @@ def test_times_may_be_arguments_of_a_compiled_program():
 
 @pytest.mark.parametrize("options", [{"method": "ode", "tol": 1e-3}, {"method": "pc", "num_scales": 4}], ids=str)
 @pytest.mark.parametrize("wrong", [[0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [1.0, 0.1]], ids=str)
-def test_boundaries_that_do_not_fall_from_one_to_zero_are_refused(options, wrong):
-    with pytest.raises(ValueError, match="boundaries must fall strictly from 1 to 0"):
+def test_boundaries_that_do_not_decrease_from_one_to_zero_are_refused(options, wrong):
+    with pytest.raises(ValueError, match="boundaries must decrease strictly from 1 to 0"):
         sampling.solve(curved, NOISE, wrong, **options)
 
 

@@ -194,6 +194,59 @@ def test_every_image_with_its_own_steps_is_that_image_alone():
     assert rms((together.x - gaussian_flow(z, 1.0)) / np.maximum(1, np.abs(z))) < 1e-3
 
 
+# --- rf_reinterpolate -------------------------------------------------------------------------------------------------
+
+
+def numpy_reinterpolate(z, boundaries, times):
+    """The sampler of arXiv 2405.20320 in float64, segment by segment as if each were the whole of time.
+
+    With s the share of the segment done, every state is x_s + s m, m the current estimate of the whole displacement.
+    """
+    x = z.astype(np.float64)
+    for i, (start, end) in enumerate(itertools.pairwise(boundaries)):
+        inside = [t for t in times if end <= t <= start]
+        x_start, length = x, segments.tau_of_t(end) - segments.tau_of_t(start)
+        for t, t_next in itertools.pairwise(inside):
+            done, next_done = (start - t) / (start - end), (start - t_next) / (start - end)
+            displacement = x + (1 - done) * length * rough_slope(x, t, i) - x_start
+            x = x_start + next_done * displacement
+    return x
+
+
+UNEVEN = (1, 0.97, 0.9, 0.8, 0.7, 0.6, 0.45, 0.4, 0.3, 0.21, 0.1, 0)
+
+
+@pytest.mark.parametrize("grid", [None, UNEVEN], ids=["uniform", "given"])
+@pytest.mark.parametrize("boundaries", [(1, 0), (1, 0.7, 0.3, 0)], ids=str)
+def test_reinterpolation_equals_a_plain_loop_on_a_curved_flow(boundaries, grid):
+    z, boundaries = noise(), np.float32(boundaries)
+    times = segments.step_grid(boundaries, 11).ts if grid is None else np.float32(grid)
+    options = {"method": "pc", "num_scales": 11, "predictor": "rf_reinterpolate", "time_grid": grid}
+    run = solved(rough_velocity, z, boundaries, **options, save_trajectory=True)
+    expected = numpy_reinterpolate(z, boundaries.astype(np.float64), np.asarray(times, np.float64))
+    np.testing.assert_allclose(run.x, expected, atol=2e-5)
+    np.testing.assert_array_equal(run.xs[-1], run.x)
+    assert int(run.nfe) == 11
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@over_boundaries
+def test_reinterpolation_is_euler_up_to_two_steps_a_segment(steps, boundaries):
+    z, options = noise(), {"method": "pc", "num_scales": steps * (len(boundaries) - 1)}
+    euler = solved(gaussian_velocity, z, boundaries, **options, predictor="rf_solver").x
+    difference = rms(solved(gaussian_velocity, z, boundaries, **options, predictor="rf_reinterpolate").x - euler)
+    assert difference < 1e-6 if steps < 3 else difference > 1e-3
+
+
+def test_reinterpolation_in_many_steps_is_one_implicit_euler_step():
+    # Its limit is the state x whose own velocity leads to it from the start: x = z + L v(x), here with v = -2 x, where
+    # the ODE ends at z exp(-2 L). It comes nearer like 1 / sqrt(N).
+    z, length = noise(), 1 - segments.EPS
+    options = {"method": "pc", "predictor": "rf_reinterpolate", "num_scales": 2000}
+    run = solved(lambda x, t, index: -2 * x, z, (1, 0), **options)
+    np.testing.assert_allclose(run.x, z / (1 + 2 * length), rtol=0.03)
+
+
 # --- straightness -----------------------------------------------------------------------------------------------------
 
 
@@ -315,9 +368,10 @@ def test_one_euler_step_a_segment_is_exact_on_a_piecewise_straight_flow(boundari
     [
         {"method": "pc", "num_scales": 11, "predictor": "rf_solver"},
         {"method": "pc", "num_scales": 11, "predictor": "rf_solver_heun"},
+        {"method": "pc", "num_scales": 11, "predictor": "rf_reinterpolate"},
         {"method": "ode", "tol": 1e-4},
     ],
-    ids=["euler", "heun", "ode"],
+    ids=["euler", "heun", "reinterpolate", "ode"],
 )
 @over_boundaries
 def test_piecewise_straight_flow_has_no_sequential_straightness(options, boundaries):
@@ -338,14 +392,19 @@ def rough_slope(x, t, index, xp=np):
     return 20 * xp.cos(40 * t) * xp.exp(-200 * (t - 0.4) ** 2) - x * (1 + index)
 
 
+def rough_velocity(x, t, index):
+    """The same as the samplers ask for it."""
+    spread = (-1,) + (1,) * (x.ndim - 1)
+    return rough_slope(x, t.reshape(spread), index.reshape(spread), jnp)
+
+
 def counted_solve(z, boundaries, **options):
     """(samples, the times t at which the velocity really ran: once for each image where it is mapped over images)."""
     times = []
 
     def velocity(x, t, index):
         jax.debug.callback(lambda t: times.extend(t.tolist()), t, ordered=options.get("error_norm") != "sample")
-        spread = (-1,) + (1,) * (x.ndim - 1)
-        return rough_slope(x, t.reshape(spread), index.reshape(spread), jnp)
+        return rough_velocity(x, t, index)
 
     boundaries = np.asarray(boundaries, np.float32)
     run = jax.jit(lambda z: sampling.solve(velocity, z, boundaries, **options))(z)
@@ -362,11 +421,11 @@ def test_nfe_is_the_calls_made_on_a_fixed_grid(predictor, boundaries):
     run, times = counted_solve(z, boundaries, method="pc", num_scales=10, predictor=predictor)
     assert int(run.nfe) * len(z) == len(times)
     np.testing.assert_array_equal(run.nfe_each, run.nfe)
-    if predictor.startswith("rf_solver"):
+    if predictor.startswith("rf_"):
         assert run.nfe == 10 * (2 if predictor.endswith("heun") else 1)
 
 
-@pytest.mark.parametrize("predictor", ["rf_solver", "rf_solver_heun", "dopri5"])
+@pytest.mark.parametrize("predictor", ["rf_solver", "rf_solver_heun", "rf_reinterpolate", "dopri5"])
 def test_nfe_is_the_calls_made_on_a_given_grid(predictor):
     z, boundaries, grid = noise()[:2], (1, 0.9, 0.55, 0), np.array([1, 0.95, 0.9, 0.6, 0.55, 0.1, 0.01, 0], np.float32)
     run, times = counted_solve(z, boundaries, method="pc", num_scales=7, predictor=predictor, time_grid=grid)

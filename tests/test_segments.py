@@ -16,8 +16,8 @@ def test_clocks_are_inverse_and_meet_the_checkpoints_ends():
 def test_steps_are_shared_from_the_noise_side(n, k, counts):
     assert segments.steps_per_segment(n, k) == counts
     grid = segments.step_grid(segments.uniform_boundaries(k), n)
-    assert np.bincount(grid.head).tolist() == counts
-    assert int(np.sum(grid.opens)) == k
+    assert np.bincount(grid.segment).tolist() == counts
+    assert int(np.sum(grid.starts_segment)) == k
 
 
 def test_fewer_steps_than_segments_is_an_error_that_says_what_to_use():
@@ -31,20 +31,20 @@ def test_steps_meet_the_boundaries_exactly():
     assert np.isin(boundaries, np.asarray(grid.ts)).all()
     np.testing.assert_allclose(grid.t_to[:-1], grid.t_from[1:], atol=1e-7)
     for i in range(3):
-        steps = np.asarray(grid.t_from - grid.t_to)[np.asarray(grid.head) == i]
+        steps = np.asarray(grid.t_from - grid.t_to)[np.asarray(grid.segment) == i]
         np.testing.assert_allclose(steps, steps[0], rtol=1e-4)
 
 
 def test_grid_of_times_finds_each_steps_segment():
     grid = segments.step_grid_of_times(np.float32([1, 0.5, 0]), np.float32([1, 0.9, 0.5, 0.4, 0.1, 0]))
-    assert grid.head.tolist() == [0, 0, 1, 1, 1]
-    assert grid.opens.tolist() == [True, False, True, False, False]
+    assert grid.segment.tolist() == [0, 0, 1, 1, 1]
+    assert grid.starts_segment.tolist() == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize("wrong", [[1.0], [1, 0.5, 0.5, 0], [0, 1], [1, 0.2], [[1, 0]]])
-def test_boundaries_that_do_not_fall_from_one_to_zero_are_refused(wrong):
+def test_boundaries_that_do_not_decrease_from_one_to_zero_are_refused(wrong):
     with pytest.raises(ValueError, match="boundaries must"):
-        segments.checked_boundaries(wrong)
+        segments.validate_boundaries(wrong)
 
 
 def test_no_segment_is_an_error():
