@@ -127,7 +127,9 @@ def _read_state(folder) -> dict:
     folder = _absolute(folder)
     with _damage_named(f"{folder}: {_DAMAGED}"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
-        tree["opt_state"]["0"] = {}  # clipping has no state, which orbax does not write
+        # Orbax writes nothing for empty trees: clipping has no state, and most runs have one EMA.
+        tree["opt_state"]["0"] = {}
+        tree.setdefault("extra_ema", {})
         return tree
 
 

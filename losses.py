@@ -1,85 +1,169 @@
-"""What each stage learns (its targets), and the one weight update that all of them share (design.md section 4)."""
+"""What each stage learns (its targets), how far off it is (the losses) and the one training step of all stages.
 
+A stage is a function (keys, batch) -> `Targets`; a loss takes the network's velocities and the targets. The equations
+are in docs/method.md, section 4.
+"""
+
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+import models
 import parallel
 import segments
 
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+Batch = dict[str, Any]
+"""The arrays of one batch by name: {"image"} in 1-RF, else pairs {"x0", "x1", "t0", "t1", "index"}: the end (0) and
+the start (1) of each, [B, H, W, C] and [B]. "states" and "on_policy" as in `OnPolicy`."""
+
 
 class Targets(NamedTuple):
-    """What the network should answer where.
+    """What the network should answer where: one point on the straight line of each pair.
 
     Attributes:
-      x: [B, H, W, C] the point x_u on the straight line of each pair.
+      x: [B, H, W, C] the point x_u = (1 - u) x_end + u x_start.
       t: [B] its time t_u in [0, 1].
-      index: [B] its segment.
-      velocity: [B, H, W, C] (x_end - x_start) / (tau_end - tau_start), the line's velocity in tau.
+      u: [B] where in its segment it lies, in [0, 1]: 1 at the noisy start, 0 at the end.
+      t_end: [B] the time of the segment's end; 0 where the end is data.
+      index: [B] the segment index.
+      velocity: [B, H, W, C] v_target = (x_end - x_start) / (tau_end - tau_start).
     """
 
     x: Float[Array, "b h w c"]
     t: Float[Array, "b"]
+    u: Float[Array, "b"]
+    t_end: Float[Array, "b"]
     index: Int[Array, "b"]
     velocity: Float[Array, "b h w c"]
 
 
-def rf_targets(keys: Key[Array, "b"], batch) -> Targets:
-    """1-RF: images against fresh noise, tau ~ U(EPS, 1). The line starts at tau = 0, so v = data - noise.
+def _uniform(r, shape):
+    return r
+
+
+def _ushape(r, shape):
+    # The two halves together have density a cosh(a (u - 1/2)) / (2 sinh(a / 2)).
+    return 0.5 + jnp.arcsinh((2.0 * r - 1.0) * math.sinh(shape / 2)) / shape
+
+
+def _exponential(r, shape):
+    return jnp.log10(1.0 + 9.0 * r)
+
+
+def _logitnormal(r, shape):
+    return jax.nn.sigmoid(jax.scipy.special.ndtri(r))
+
+
+T_DISTRIBUTIONS = {
+    "uniform": _uniform,
+    "ushape": _ushape,
+    "exponential": _exponential,
+    "logitnormal": _logitnormal,
+}
+"""The inverse distribution functions of the values of `training.t_distribution`."""
+
+
+def draw_u(keys: Key[Array, "b"], t_distribution: str, *, shape: float = 4.0) -> Float[Array, "b"]:
+    """One u in [0, 1] for each key, by inversion of the distribution function.
+
+    Args:
+      keys: one for each example.
+      t_distribution: "uniform"; "ushape", of density a cosh(a (u - 1/2)) / (2 sinh(a / 2)), that is, half of the draws
+        of density a e^(a u) / (e^a - 1) and half mirrored (after arXiv 2405.20320); "exponential", of density
+        ln(10) 10^u / 9; "logitnormal", the sigmoid of a standard normal draw.
+      shape: a > 0 of "ushape".
+    """
+    r = jax.vmap(jax.random.uniform)(keys)
+    return jnp.clip(T_DISTRIBUTIONS[t_distribution](r, shape), 0.0, 1.0)
+
+
+def rf_targets(
+    keys: Key[Array, "b"], batch: Batch, *, t_distribution: str = "uniform", t_shape: float = 4.0
+) -> Targets:
+    """1-RF (arXiv 2209.03003): images against fresh noise. The line starts at tau = 0, so v_target = data - noise.
 
     Args:
       keys: one for each example.
       batch: {"image": [B, H, W, C]} in the data's scaled range.
+      t_distribution, t_shape: of t, as `draw_u`.
     """
     data = batch["image"]
-
-    def draw(key):
-        noise_key, time_key = jax.random.split(key)
-        tau = jax.random.uniform(time_key, minval=segments.EPS, maxval=1.0)
-        # Drawn flat: XLA on a CPU compiles a draw of several dimensions ten times longer.
-        return jax.random.normal(noise_key, (math.prod(data.shape[1:]),)).reshape(data.shape[1:]), tau
-
-    noise, tau = jax.vmap(draw)(keys)
+    noise_keys, time_keys = jax.vmap(jax.random.split)(keys).T
+    # Drawn flat: XLA on a CPU compiles a draw of several dimensions ten times longer.
+    noise = jax.vmap(lambda key: jax.random.normal(key, (math.prod(data.shape[1:]),)))(noise_keys).reshape(data.shape)
+    tau = _draw_tau(time_keys, t_distribution, t_shape)
     u = 1.0 - tau
-    x = segments.noisy_image(data, noise, _per_image(1.0 - u))
-    index = jnp.zeros(tau.shape, jnp.int32)
-    return Targets(x=x, t=segments.t_of_tau(tau), index=index, velocity=data - noise)
-
-
-def reflow_targets(keys: Key[Array, "b"], batch) -> Targets:
-    """k-SeqRF: a point u ~ U(0, 1) of the line between each pair's ends.
-
-    Args:
-      keys: one for each example.
-      batch: {"x0", "x1": [B, H, W, C], "t0", "t1": [B], "index": [B]}, a pair's end (0) and start (1).
-    """
-    return _pair_targets(jax.vmap(jax.random.uniform)(keys), batch)
-
-
-def distill_targets(keys: Key[Array, "b"], batch) -> Targets:
-    """k-SeqRF-Distill: u = 1, only the start of each segment. Arguments as `reflow_targets`."""
-    return _pair_targets(jnp.ones(keys.shape), batch)
-
-
-def _pair_targets(u, batch) -> Targets:
-    taus = segments.tau_of_t(batch["t0"]) - segments.tau_of_t(batch["t1"])
     return Targets(
-        x=_between(u, batch["x0"], batch["x1"]),
-        t=(1.0 - u) * batch["t0"] + u * batch["t1"],
-        index=batch["index"],
-        velocity=(batch["x0"] - batch["x1"]) / _per_image(taus),
+        x=segments.noisy_image(data, noise, _per_image(1.0 - u)),
+        t=segments.t_of_tau(tau),
+        u=u,
+        t_end=jnp.zeros_like(u),
+        index=jnp.zeros(u.shape, jnp.int32),
+        velocity=data - noise,
     )
 
 
-def _between(u, x_end, x_start):
-    """x_u = (1 - u) x_end + u x_start, one u for each image."""
-    u = _per_image(u)
-    return (1.0 - u) * x_end + u * x_start
+def _draw_tau(keys, t_distribution, t_shape):
+    if t_distribution == "uniform":  # uniform in t is uniform in tau, without the rounding of a change of clocks
+        return jax.vmap(lambda key: jax.random.uniform(key, minval=segments.EPS, maxval=1.0))(keys)
+    return segments.tau_of_t(draw_u(keys, t_distribution, shape=t_shape))
+
+
+def reflow_targets(
+    keys: Key[Array, "b"], batch: Batch, *, t_distribution: str = "uniform", t_shape: float = 4.0
+) -> Targets:
+    """k-SeqRF (arXiv 2402.06461): a point of the line between each pair's ends.
+
+    Args:
+      keys: one for each example.
+      batch: pairs, see `Batch`.
+      t_distribution, t_shape: of u, as `draw_u`.
+    """
+    return _pair_targets(draw_u(keys, t_distribution, shape=t_shape), batch)
+
+
+def distill_targets(keys: Key[Array, "b"], batch: Batch, *, steps: int = 1) -> Targets:
+    """k-SeqRF-Distill: the points that `steps` = m Euler steps a segment start from, u ~ U{1/m, 2/m, ..., 1}.
+
+    m = 1 is the paper's: the start of each segment alone. The rows of "on_policy", if the batch has it, follow those
+    of the stored pairs.
+
+    Args:
+      keys: one for each stored pair.
+      batch: pairs, "on_policy" (`on_policy_pairs`), or both.
+      steps: m >= 1.
+    """
+    parts = []
+    if "x0" in batch:
+        u = jax.vmap(lambda key: jax.random.randint(key, (), 1, steps + 1))(keys) / steps
+        parts.append(_pair_targets(jnp.ones(keys.shape) if steps == 1 else u, batch))
+    if "on_policy" in batch:
+        pairs = batch["on_policy"]
+        parts.append(_pair_targets(jnp.ones_like(pairs["u"]), pairs)._replace(u=pairs["u"]))
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts) if len(parts) > 1 else parts[0]
+
+
+def _pair_targets(u, pairs) -> Targets:
+    taus = segments.tau_of_t(pairs["t0"]) - segments.tau_of_t(pairs["t1"])
+    return Targets(
+        x=(1.0 - _per_image(u)) * pairs["x0"] + _per_image(u) * pairs["x1"],
+        t=(1.0 - u) * pairs["t0"] + u * pairs["t1"],
+        u=u,
+        t_end=pairs["t0"],
+        index=pairs["index"],
+        velocity=(pairs["x0"] - pairs["x1"]) / _per_image(taus),
+    )
 
 
 def _per_image(values):
@@ -87,99 +171,332 @@ def _per_image(values):
     return values[:, None, None, None]
 
 
-def example_keys(seed: int, step: Int[Array, ""], places: Int[Array, "b"]) -> Key[Array, "b"]:
-    """The random keys of examples at `places` of the global batch: the same however devices and hosts share it."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda place: jax.random.fold_in(step_key, place))(places)
+# --- on-policy pairs --------------------------------------------------------------------------------------------------
 
 
-def optimizer(*, lr: float, beta1: float, eps: float, warmup: int, grad_clip: float) -> optax.GradientTransformation:
-    """Clipping, Adam, rate: linear warm-up over `warmup` updates (0: none), global-norm clipping (negative: off)."""
-    rate = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
+@dataclasses.dataclass(frozen=True)
+class OnPolicy:
+    """How the share of a batch is made whose starts are the student's own states (`training.on_policy`).
+
+    A batch brings the teacher's "states" [B, k + 1, H, W, C] of one noise at all boundaries; the training step replaces
+    them by "on_policy", the pairs that `on_policy_pairs` makes of them.
+
+    Attributes:
+      boundaries: [k + 1] in t, from 1 to 0.
+      num_steps: N = m k Euler steps.
+    """
+
+    boundaries: tuple[float, ...]
+    num_steps: int
+
+
+def on_policy_pairs(
+    velocity: Callable,
+    states: Float[Array, "b k_plus_1 h w c"],
+    positions: Int[Array, "b"],
+    boundaries,
+    num_steps: int,
+) -> Batch:
+    """Pairs from the student's own states to the teacher's states of the same noise.
+
+    The example at position p starts at step j = p mod N of N = `num_steps` Euler steps, in the state that the student
+    reaches there; it ends in the teacher's state at the end of that step's segment. An example is carried no further
+    than its own step: (N - 1) / 2 calls each, on the mean.
+
+    Args:
+      velocity: the student's, (x [B, H, W, C], t [B], index [B]) -> dx/dtau.
+      states: the teacher's, at all boundaries; states[:, 0] is the noise.
+      positions: consecutive numbers of the examples among all of the global batch.
+      boundaries: [k + 1] in t, from 1 to 0.
+      num_steps: N, a multiple of k.
+
+    Returns:
+      {"x0", "x1", "t0", "t1", "index"} as stored pairs, and "u" [B]: where in its segment x1 lies, 1 at the start.
+    """
+    grid = segments.step_grid(boundaries, num_steps)
+    boundaries = jnp.asarray(boundaries, jnp.float32)
+    start = positions % num_steps
+    order = jnp.argsort(-start)  # the furthest first, so that those still on their way are always the first rows
+    x, steps_to_take = states[order, 0], start[order]
+    for step in range(num_steps - 1):
+        count = _most_beyond(step, len(states), num_steps)
+        x = x.at[:count].set(_euler_step(velocity, x[:count], grid, step, steps_to_take[:count] > step))
+    index = grid.head[start]
+    t_start, t_end, t = boundaries[index], boundaries[index + 1], grid.t_from[start]
+    return {
+        "x0": jax.vmap(lambda rows, segment: rows[segment + 1])(states, index),
+        "x1": x[jnp.argsort(order)],
+        "t0": t_end,
+        "t1": t,
+        "index": index,
+        "u": (t - t_end) / (t_start - t_end),
+    }
+
+
+def _most_beyond(step: int, n: int, num_steps: int) -> int:
+    """The most of n consecutive positions whose remainder by `num_steps` is greater than `step`."""
+    beyond = num_steps - 1 - step
+    return n // num_steps * beyond + min(n % num_steps, beyond)
+
+
+def _euler_step(velocity, x, grid, step, goes_on):
+    tau, tau_next = segments.tau_of_t(grid.t_from[step]), segments.tau_of_t(grid.t_to[step])
+    t = jnp.full(x.shape[:1], segments.t_of_tau(tau))  # the sampler's rounding
+    moved = x + (tau_next - tau) * velocity(x, t, jnp.full(x.shape[:1], grid.head[step]))
+    return jnp.where(_per_image(goes_on), moved, x)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+HUBER_C = 0.00054  # times the number of pixels; of arXiv 2405.20320
+SMALLEST_LPIPS_TIME = 0.01
+
+
+def l2(velocity: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+    """The mean squared error over pixels."""
+    return jnp.mean((velocity - target) ** 2, axis=(1, 2, 3))
+
+
+def huber(velocity: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+    """The pseudo-Huber loss (sqrt(||v - v_target||^2 + c^2) - c) / d of arXiv 2405.20320, c = 0.00054 d, d pixels."""
+    d = math.prod(velocity.shape[1:])
+    c = HUBER_C * d
+    return (jnp.sqrt(jnp.sum((velocity - target) ** 2, axis=(1, 2, 3)) + c**2) - c) / d
+
+
+LOSSES = {"l2": l2, "huber": huber}
+"""(velocity, v_target) -> [B], by the values of `training.loss` that need nothing else."""
+
+
+def lpips_huber(velocity: Float[Array, "b h w c"], targets: Targets, lpips: Callable) -> Float[Array, "b"]:
+    """(1 - u) huber + lpips(x_end_hat, x_end) / max(u, 0.01) where the segment ends in data, elsewhere huber.
+
+    The loss of arXiv 2405.20320, inside segments: x_end_hat = x_u + (tau_end - tau_u) v is where the velocity leads.
+
+    Args:
+      velocity: the network's.
+      targets: what it should be.
+      lpips: (x [B, H, W, C], y) -> [B], images in the data's scaled range.
+    """
+    smooth = huber(velocity, targets.velocity)
+    left = _per_image(segments.tau_of_t(targets.t_end) - segments.tau_of_t(targets.t))
+    distance = lpips(targets.x + left * velocity, targets.x + left * targets.velocity)
+    perceptual = (1.0 - targets.u) * smooth + distance / jnp.maximum(targets.u, SMALLEST_LPIPS_TIME)
+    return jnp.where(targets.t_end == 0, perceptual, smooth)
+
+
+def make_loss(name: str, *, reduce_mean: bool = True, lpips: Callable | None = None) -> Callable:
+    """(velocity [B, H, W, C], Targets) -> the mean loss of the batch, a scalar.
+
+    Args:
+      name: "l2", "huber" or "lpips_huber".
+      reduce_mean: False: "l2" is half the sum over pixels instead of their mean.
+      lpips: as in `lpips_huber`, which needs it.
+    """
+
+    if name == "lpips_huber":
+        return lambda velocity, targets: jnp.mean(lpips_huber(velocity, targets, lpips))
+    if name == "l2":
+        return functools.partial(_mean_square, reduce_mean=reduce_mean)
+    return lambda velocity, targets: jnp.mean(LOSSES[name](velocity, targets.velocity))
+
+
+def _mean_square(velocity, targets: Targets, *, reduce_mean: bool):
+    square = (velocity - targets.velocity) ** 2
+    # Pixels and examples in one sum: its order decides the last digit of the loss.
+    return jnp.mean(square) if reduce_mean else 0.5 * jnp.mean(jnp.sum(square, axis=(1, 2, 3)))
+
+
+# --- optimiser and training state -------------------------------------------------------------------------------------
+
+
+def optimizer(
+    *,
+    lr: float,
+    beta1: float,
+    eps: float,
+    warmup: int,
+    grad_clip: float,
+    schedule: str = "constant",
+    n_iters: int = 0,
+) -> optax.GradientTransformation:
+    """Adam with global-norm clipping and a learning-rate schedule.
+
+    Args:
+      lr: the learning rate after the warm-up.
+      beta1, eps: Adam's.
+      warmup: updates of linear warm-up from 0; 0: none.
+      grad_clip: the largest global norm of a gradient; negative: no clipping.
+      schedule: "constant", or "cosine": from lr after the warm-up to 0 after `n_iters` updates.
+      n_iters: updates of the whole run, more than `warmup`; of "cosine" alone.
+    """
+    rate = optax.constant_schedule(lr)
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, n_iters)
+    elif warmup > 0:
+        rate = optax.linear_schedule(0.0, lr, warmup)
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity()
     return optax.chain(clip, optax.scale_by_adam(b1=beta1, eps=eps), optax.scale_by_learning_rate(rate))
 
 
 @struct.dataclass
 class TrainState:
-    """All that a run must keep to go on as if it had never stopped."""
+    """All that a run must keep to go on as if it had never stopped.
 
-    step: Any  # weight updates so far
+    Attributes:
+      step: weight updates so far, int32.
+      params, ema_params: the weights and their EMA at `model.ema_rate`.
+      opt_state: of `optimizer`.
+      extra_ema: further EMAs of the weights by rate, as `ema_name` writes it (`model.ema_rates`).
+    """
+
+    step: Any
     params: Any
     ema_params: Any
     opt_state: Any
+    extra_ema: dict[str, Any] = struct.field(default_factory=dict)
 
 
-def initial_state(weights, transformation: optax.GradientTransformation, step: int = 0) -> TrainState:
-    """A stage's first state from `models.Weights`: its weights, EMA and Adam moments, at update `step`.
+def ema_name(rate: float) -> str:
+    """The key of an EMA rate in `TrainState.extra_ema`; `float` of it is the rate again."""
+    return repr(float(rate))
+
+
+def initial_state(
+    weights: models.Weights,
+    transformation: optax.GradientTransformation,
+    *,
+    step: int = 0,
+    ema_rates: Iterable[float] = (),
+    from_ema: bool = False,
+) -> TrainState:
+    """A stage's first state: the weights, EMA and Adam moments of `weights`, at update `step`.
 
     Adam's count comes with its moments, because a count of 0 would correct warm moments for a bias that they do not
-    have: the first updates would be about a third of their right size. The warm-up counts the
-    stage's own updates, from `step`.
+    have: the first updates would be about a third of their right size. The warm-up counts the stage's own updates,
+    from `step`.
+
+    Args:
+      weights: what the stage starts from.
+      transformation: as `optimizer` makes it.
+      step: the updates that are counted already.
+      ema_rates: of further EMAs, which start as the main one does.
+      from_ema: start from the EMA instead of the weights, with Adam's moments and count at 0.
     """
-    clip, adam, rate = transformation.init(weights.params)
-    moments = {"mu": jax.tree.map(jnp.asarray, weights.mu), "nu": jax.tree.map(jnp.asarray, weights.nu)}
-    adam = adam._replace(count=jnp.int32(weights.count), **moments)
-    rate = rate._replace(count=jnp.int32(step))
+    ema_params = jax.tree.map(jnp.asarray, weights.ema_params)
+    params = ema_params if from_ema else jax.tree.map(jnp.asarray, weights.params)
+    clip, adam, rate = transformation.init(params)
+    if not from_ema:
+        moments = {"mu": jax.tree.map(jnp.asarray, weights.mu), "nu": jax.tree.map(jnp.asarray, weights.nu)}
+        adam = adam._replace(count=jnp.int32(weights.count), **moments)
     return TrainState(
         step=jnp.int32(step),
-        params=jax.tree.map(jnp.asarray, weights.params),
-        ema_params=jax.tree.map(jnp.asarray, weights.ema_params),
-        opt_state=(clip, adam, rate),
+        params=params,
+        ema_params=ema_params,
+        opt_state=(clip, adam, rate._replace(count=jnp.int32(step))),
+        extra_ema={ema_name(rate): ema_params for rate in ema_rates},
     )
 
 
-def loss(velocity: Float[Array, "b h w c"], target: Float[Array, "b h w c"], reduce_mean: bool) -> Float[Array, ""]:
-    """The batch's mean squared error: mean over pixels, or (`reduce_mean=False`) half the sum over pixels."""
-    square = (velocity - target) ** 2
-    if reduce_mean:
-        return jnp.mean(square)
-    return 0.5 * jnp.mean(jnp.sum(square, axis=(1, 2, 3)))
-
-
 def ema_rate_at(updates, ema_rate: float, variable: bool):
-    """The EMA's decay after `updates` updates; `variable` caps it by (1 + n) / (10 + n)."""
+    """The EMA's decay after `updates` = n updates; `variable` caps it by (1 + n) / (10 + n)."""
     return jnp.minimum(ema_rate, (1.0 + updates) / (10.0 + updates)) if variable else ema_rate
 
 
-def make_updates(model, targets, transformation, *, ema_rate, variable_ema_rate, reduce_mean, seed):
+# --- the training step ------------------------------------------------------------------------------------------------
+
+
+def example_keys(seed: int, step: Int[Array, ""], positions: Int[Array, "b"]) -> Key[Array, "b"]:
+    """The random keys of the examples at `positions` of the global batch, however devices and hosts share it."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
+
+
+def make_train_step(
+    model: nn.Module,
+    targets: Callable,
+    loss: Callable,
+    transformation: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_rate: float,
+    variable_ema_rate: bool,
+    on_policy: OnPolicy | None = None,
+) -> Callable:
     """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, losses [n]), n updates.
 
     Args:
       model: the network, as `models.create_model` makes it.
       targets: a stage's (keys, batch) -> Targets.
+      loss: (velocity, Targets) -> scalar, as `make_loss` makes it.
       transformation: as `optimizer` makes it.
       seed: of noise, times and dropout.
+      ema_rate, variable_ema_rate: as `ema_rate_at`; `variable_ema_rate` holds for the further EMAs too.
+      on_policy: for batches with "states".
     """
 
     def batch_loss(params, wanted: Targets, dropout_key):
         labels = segments.label_of_t(wanted.t)
         rngs = {"dropout": dropout_key}
         velocity = model.apply({"params": params}, wanted.x, labels, wanted.index, train=True, rngs=rngs)
-        return loss(velocity, wanted.velocity, reduce_mean)
+        return loss(velocity, wanted)
 
     def update(state: TrainState, batch):
-        size = jax.tree.leaves(batch)[0].shape[0]
         device = parallel.device_index()
-        wanted = targets(example_keys(seed, state.step, device * size + jnp.arange(size)), batch)
+        batch = _with_on_policy_pairs(models.velocity_fn(model, state.ema_params), batch, device, on_policy)
+        wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
         # Dropout alone depends on how the batch is shared: its masks are drawn for a device's whole batch.
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1), state.step), device)
         value, gradient = jax.value_and_grad(batch_loss)(state.params, wanted, dropout_key)
         gradient = parallel.mean_over_devices(gradient)
         change, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
-        rate = ema_rate_at(state.step + 1, ema_rate, variable_ema_rate)
-        # In this form an EMA that equals the weights stays equal, bit for bit.
-        ema_params = jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), state.ema_params, params)
-        state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+
+        def follow(average, rate):
+            rate = ema_rate_at(state.step + 1, rate, variable_ema_rate)
+            # In this form an EMA that equals the weights stays equal, bit for bit.
+            return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), average, params)
+
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=follow(state.ema_params, ema_rate),
+            opt_state=opt_state,
+            extra_ema={name: follow(average, float(name)) for name, average in state.extra_ema.items()},
+        )
         return state, parallel.mean_over_devices(value)
+
+    return _repeated(update)
+
+
+def _stored_rows(batch) -> int:
+    """The rows of a batch that are not on-policy."""
+    return len(batch.get("image", batch.get("x0", ())))
+
+
+def _positions(rows: int, device) -> Int[Array, "b"]:
+    """The positions in the global batch of the rows of one device."""
+    return device * rows + jnp.arange(rows)
+
+
+def _with_on_policy_pairs(velocity, batch, device, on_policy: OnPolicy | None):
+    if "states" not in batch:
+        return batch
+    states = batch["states"]
+    positions = _positions(len(states), device)
+    pairs = on_policy_pairs(velocity, states, positions, on_policy.boundaries, on_policy.num_steps)
+    return {name: rows for name, rows in batch.items() if name != "states"} | {"on_policy": pairs}
+
+
+def _repeated(update):
+    """`update` of (state, batch) for stacked batches."""
 
     def updates(state: TrainState, batches):
         if jax.default_backend() != "cpu":
             return jax.lax.scan(update, state, batches)
         # On a CPU, XLA runs the gradient of a convolution ten times slower inside a loop, so this one is written out.
         values = []
-        for n in range(jax.tree.leaves(batches)[0].shape[0]):
+        for n in range(len(jax.tree.leaves(batches)[0])):
             state, value = update(state, jax.tree.map(lambda rows, n=n: rows[n], batches))
             values.append(value)
         return state, jnp.stack(values)

@@ -201,16 +201,16 @@ def _first_state(config, workdir, stage, pairs, model, kept) -> tuple[losses.Tra
 
 def _update_until_done(run: _Run, stage, state, pairs):
     training, model_settings = run.config.training, run.config.model
-    updates = losses.make_updates(
+    train_step = losses.make_train_step(
         run.model,
         stage.targets,
+        losses.make_loss(training.loss, reduce_mean=training.reduce_mean),
         _optimizer(run.config),
         ema_rate=model_settings.ema_rate,
         variable_ema_rate=model_settings.variable_ema_rate,
-        reduce_mean=training.reduce_mean,
         seed=run.config.seed,
     )
-    program = parallel.map_devices(updates, all_hosts=True, donate=(0,))
+    program = parallel.map_devices(train_step, all_hosts=True, donate=(0,))
     step, state = int(state.step), parallel.replicate(state)
     # Whole calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
     batches = stage.batches(run.config, pairs, step - step % training.n_jitted_steps)

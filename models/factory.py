@@ -5,6 +5,7 @@ import numbers
 import types
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
@@ -180,7 +181,7 @@ def expand_heads(params, k: int):
     return traverse_util.path_aware_map(expanded, params)
 
 
-def velocity_fn(model: NCSNpp, params):
+def velocity_fn(model: nn.Module, params):
     """velocity(x [B,H,W,C], t [B] in [0, 1], index [B] int32) -> dx/dtau [B,H,W,C], without dropout."""
 
     def velocity(x, t, index):

@@ -30,20 +30,20 @@ def training_update(config, model, params):
     )
     zeros = jax.tree.map(np.zeros_like, params)
     weights = models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
-    update = losses.make_updates(
+    train_step = losses.make_train_step(
         model,
         losses.rf_targets,
+        losses.make_loss("l2"),
         transformation,
         ema_rate=settings.ema_rate,
         variable_ema_rate=settings.variable_ema_rate,
-        reduce_mean=True,
         seed=0,
     )
     device = jax.local_devices()[:1]
     state = parallel.replicate(losses.initial_state(weights, transformation), device)
     size, channels = config.data.image_size, config.data.num_channels
     batch = {"image": np.zeros((1, 1, BATCH, size, size, channels), np.float32)}
-    program = parallel.map_devices(update, devices=device, donate=(0,))
+    program = parallel.map_devices(train_step, devices=device, donate=(0,))
     _, loss = program(state, batch)
     return {"loss": float(loss[0, 0])}
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import losses
+import models
 import parallel
 import segments
 
@@ -18,11 +19,9 @@ class Linear(nn.Module):
         return x * scale[..., None] + labels[:, None, None, None] / 999.0
 
 
-class Weights:
-    def __init__(self, params):
-        self.params = self.ema_params = params
-        self.mu = self.nu = jax.tree.map(jnp.zeros_like, params)
-        self.count = 0
+def fresh_weights(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
 
 
 def pairs(n, seed=0):
@@ -71,9 +70,10 @@ def test_reflow_targets_share_the_lines_velocity_and_stay_between_its_ends():
 
 
 def test_loss_is_the_mean_or_half_the_sum_over_pixels():
-    answer, target = jnp.ones((2, 3, 3, 1)), jnp.zeros((2, 3, 3, 1)).at[0].set(3.0)
-    assert losses.loss(answer, target, reduce_mean=True) == pytest.approx((4 + 1) / 2)
-    assert losses.loss(answer, target, reduce_mean=False) == pytest.approx(0.5 * 9 * (4 + 1) / 2)
+    velocity, target = jnp.ones((2, 3, 3, 1)), jnp.zeros((2, 3, 3, 1)).at[0].set(3.0)
+    targets = losses.distill_targets(keys(2), pairs(2))._replace(velocity=target)
+    assert losses.make_loss("l2")(velocity, targets) == pytest.approx((4 + 1) / 2)
+    assert losses.make_loss("l2", reduce_mean=False)(velocity, targets) == pytest.approx(0.5 * 9 * (4 + 1) / 2)
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(0, 0.1), (90, 0.91), (10**7, 0.9999)])
@@ -107,10 +107,8 @@ def test_negative_grad_clip_is_off():
 
 def test_warm_adam_moments_keep_their_count_and_the_warm_up_starts_anew():
     transformation = losses.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=10, grad_clip=-1.0)
-    weights = Weights({"w": jnp.ones(2)})
-    weights.mu = {"w": jnp.full(2, 0.5)}
-    weights.nu = {"w": jnp.full(2, 0.25)}
-    weights.count = 1000
+    weights = fresh_weights({"w": jnp.ones(2)})
+    weights = weights.replace(mu={"w": jnp.full(2, 0.5)}, nu={"w": jnp.full(2, 0.25)}, count=1000)
     state = losses.initial_state(weights, transformation)
     change, _ = transformation.update({"w": jnp.full(2, 0.5)}, state.opt_state, weights.params)
     np.testing.assert_array_equal(change["w"], 0)  # warm-up's first update
@@ -121,9 +119,15 @@ def _updates(devices, per_device, batches, state=None):
     model = Linear()
     transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
-    state = losses.initial_state(Weights(params), transformation) if state is None else state
-    step = losses.make_updates(
-        model, losses.reflow_targets, transformation, ema_rate=0.9, variable_ema_rate=False, reduce_mean=True, seed=5
+    state = losses.initial_state(fresh_weights(params), transformation) if state is None else state
+    step = losses.make_train_step(
+        model,
+        losses.reflow_targets,
+        losses.make_loss("l2"),
+        transformation,
+        ema_rate=0.9,
+        variable_ema_rate=False,
+        seed=5,
     )
     program = parallel.map_devices(step, devices=jax.devices()[:devices])
     n = len(next(iter(batches.values()))) // (devices * per_device)
