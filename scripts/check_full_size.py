@@ -1,6 +1,8 @@
 """Runs each full-size network once on this machine: a training update, a batch of pairs, an Euler sample, at batch 2.
 
-python scripts/check_full_size.py [cifar10] [church]        (minutes each on a CPU: most of it is compiling)
+    python scripts/check_full_size.py [cifar10] [celeba_64] [lsun_church_256] ...
+
+The names are those of configs/rf/NAME_rf_continuous.py. Minutes each on a CPU: most of it is compiling.
 """
 
 import importlib
@@ -76,7 +78,7 @@ def _noise(config):
 
 def main():
     """The script: every job of every network named on the command line; ends with an error if a value is not finite."""
-    for name in sys.argv[1:] or ["cifar10", "church"]:
+    for name in sys.argv[1:] or ["cifar10", "celeba_64", "lsun_church_256"]:
         config = importlib.import_module(f"configs.rf.{name}_rf_continuous").get_config()
         model = models.create_model(config)
         size = config.data.image_size

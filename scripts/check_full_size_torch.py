@@ -1,10 +1,10 @@
 """Holds the full-size networks against their twin in plain PyTorch: python scripts/check_full_size_torch.py [--import].
 
-The public CIFAR-10 network (61.8 M weights) and the 256 x 256 one (65.6 M) compute one image with the same random
-weights here and in torch; the largest difference must be at most 1e-4. With --import the CIFAR-10 twin is also saved as
-a whole checkpoint (weights, EMA, Adam's moments: about 1 GB in a temporary folder) and, in processes of their own,
-imported and converted by import_torch.py: the import's time is held against 30 seconds, the peak memory of each against
-2.5 times the file. Takes a few minutes; exit status 1 if anything is off.
+The networks of CIFAR-10 (61.8 M weights), CelebA-64 (62.7 M) and LSUN church (65.6 M, images in [0, 1]) compute one
+image with the same random weights here and in torch; the largest difference must be at most 1e-4. With --import the
+CIFAR-10 twin is also saved as a whole checkpoint (weights, EMA, Adam's moments: about 1 GB in a temporary folder) and,
+in processes of their own, imported and converted by import_torch.py: the import's time is held against 30 seconds, the
+peak memory of each against 2.5 times the file. Takes a few minutes; exit status 1 if anything is off.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> int:
         write_checkpoint(options.write)
         return 0
     passed = [check_import()] if options.whole else []
-    passed += [check_forward(name) for name in ("cifar10", "church")]
+    passed += [check_forward(name) for name in ("cifar10", "celeba_64", "lsun_church_256")]
     return 0 if all(passed) else 1
 
 
