@@ -52,6 +52,24 @@ def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, cou
 _GAP = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a white line below and beside each image
 
 
+def draw_pairs(path, x1, x0, segment, boundaries, unscale, count: int = 16):
+    """A few pairs of each segment, a row for each: grids of their start points x1 and of their end points x0.
+
+    Args:
+      x1, x0: [n, h, w, c] in the model's range, which `unscale` maps to [0, 1].
+      segment: [n] the segment of each pair.
+      boundaries: [k + 1] in t.
+    """
+    figure, axes = _figure(rows=len(boundaries) - 1, columns=2, size=(8, 4 * (len(boundaries) - 1)))
+    for index, row in enumerate(axes.reshape(-1, 2)):
+        rows = np.flatnonzero(segment == index)[:count]
+        for ax, x, name, time in zip(row, (x1, x0), ("start", "end"), boundaries[index : index + 2], strict=True):
+            ax.imshow(image_grid(unscale(x[rows])))
+            ax.set_title(f"segment {index}, {name}: t = {time:.3g}")
+            ax.set_axis_off()
+    _save(figure, path)
+
+
 def draw_loss(path, steps, losses):
     """The training loss against updates, on logarithmic axes."""
     figure, axes = _figure()
@@ -71,11 +89,11 @@ def draw_quality(path, curves: dict[str, tuple[list, list]], quality: str):
     _save(figure, path)
 
 
-def _figure(rows: int = 1, size=(7, 4.5)):
+def _figure(rows: int = 1, columns: int = 1, size=(7, 4.5)):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows)
+    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure, path):

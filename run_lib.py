@@ -30,7 +30,10 @@ import tfgan_compat
 import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
-from pairs import plan as pairplan
+from pairs import manifest as pairmanifest
+from pairs.plan import plan_pairs
+from pairs.reader import PairSet
+from pairs.workers import worker_of
 from sampler import Sampler
 from utils import InputError
 
@@ -68,7 +71,7 @@ def _image_batches(config, pairs, start: int) -> Iterator[dict[str, np.ndarray]]
     )
 
 
-def _pair_batches(config, pairs: reflow.PairSet, start: int) -> Iterator[dict[str, np.ndarray]]:
+def _pair_batches(config, pairs: PairSet, start: int) -> Iterator[dict[str, np.ndarray]]:
     updates, devices = config.training.n_jitted_steps, jax.local_device_count()
     size = config.training.batch_size // jax.process_count()
     stream = pairs.batches(size, seed=config.seed, start=start)
@@ -365,14 +368,14 @@ def _show_pictures(tracker, step: int, folder):
 
 def _generate_pairs(config, workdir, log_name):
     training, data = config.training, config.data
-    place, workers = worker = reflow.worker_of(training.gen_worker)
+    place, workers = worker = worker_of(training.gen_worker)
     images = datasets.image_source(data)
     source = sources.starting_checkpoint(config, workdir / "1_rf")
     weights = source.load()
     checkpoints.log_source(source.name, weights)
     model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
-    plan = reflow.plan_pairs(
+    plan = plan_pairs(
         folder=workdir / sources.PAIRS,
         boundaries=boundaries,
         pairs=training.n_reflow_data,
@@ -408,7 +411,7 @@ def _generate_pairs(config, workdir, log_name):
         if summary.pairs:
             made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
             made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
-            there = plan.pairs - sum(map(plan.count, pairplan.missing_files(plan)))
+            there = plan.pairs - sum(map(plan.count, pairmanifest.missing_files(plan)))
             tracker.log(there, made)
             _show_pictures(tracker, there, workdir / "samples")
 
@@ -416,7 +419,7 @@ def _generate_pairs(config, workdir, log_name):
 def _pair_boundaries(config, workdir, model, teacher):
     """(boundaries, what the manifest says of them): those of pairs begun before, else SeqRF-Ada's, else uniform."""
     k, is_adaptive = config.training.reflow_t, config.training.adaptive_interval
-    manifest = reflow.read_manifest(workdir / sources.PAIRS)
+    manifest = pairmanifest.read_manifest(workdir / sources.PAIRS)
     if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
         return np.float32(manifest["boundaries"]), {}
     if not is_adaptive:

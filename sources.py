@@ -12,9 +12,10 @@ from jaxtyping import Float
 import checkpoints
 import datasets
 import models
-import reflow
 import segments
 from configs.default import is_given
+from pairs.manifest import read_manifest
+from pairs.reader import PairSet
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
@@ -115,13 +116,13 @@ def evaluated_boundaries(config, workdir, checkpoint: CheckpointRef) -> Float[np
     k = config.training.reflow_t
     if checkpoint.metadata["k"] == k:
         return checkpoint.boundaries
-    manifest = reflow.read_manifest(workdir / PAIRS)
+    manifest = read_manifest(workdir / PAIRS)
     if manifest is not None and manifest["k"] == k:
         return segments.validate_boundaries(manifest["boundaries"])
     return segments.uniform_boundaries(k)
 
 
-def open_pairs(config, workdir) -> reflow.PairSet:
+def open_pairs(config, workdir) -> PairSet:
     """The pair set of this workdir.
 
     Raises:
@@ -131,15 +132,15 @@ def open_pairs(config, workdir) -> reflow.PairSet:
     if config.training.adaptive_interval:
         expect["adaptive"] = True
     folder = workdir / PAIRS
-    manifest = reflow.read_manifest(folder)
+    manifest = read_manifest(folder)
     stores_noise = manifest is None or manifest["store_noise"]
     images = None if stores_noise else datasets.image_source(config.data)
-    pairs = reflow.PairSet(folder, partial=config.training.reflow_partial, expect=expect, images=images)
+    pairs = PairSet(folder, partial=config.training.reflow_partial, expect=expect, images=images)
     logger.info("%d pairs in %s, boundaries %s", len(pairs), folder, np.round(pairs.boundaries, 4).tolist())
     return pairs
 
 
-def check_pairs_fit(pairs: reflow.PairSet, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool):
+def check_pairs_fit(pairs: PairSet, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool):
     """Raises InputError where the weights that a reflow stage starts from do not belong to its pairs.
 
     k-SeqRF starts from the teacher that made the pairs, or from a student of it; its distillation from any model with

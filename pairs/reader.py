@@ -7,41 +7,43 @@ import itertools
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
+import datasets
+import parallel
 import segments
+from pairs import manifest as pairmanifest
 from pairs import npz
 from pairs import plan as pairplan
 from utils import InputError
 
 GROUP_FILES = 4  # files whose pairs are shuffled together
 BATCHES_AHEAD = 2
-OPENING_THREADS = 16  # files opened at once for the first check; on a remote disk each waits for the network
-FILES, PAIRS = 0, 1  # what is shuffled, as part of the seed
+OPENING_THREADS = 16  # files opened at once for the first check, where a remote disk has latency
+FILES, PAIRS = 0, 1  # what is shuffled: part of the seed
 
 logger = logging.getLogger("seqrf")
 
 
 class PairSet:
-    """The pair set in a folder (design.md sections 7 and 9).
+    """The pair set in a folder (docs/method.md, sections 8 and 9).
 
-    Opening looks at the manifest and at the size and structure of every file. Each file's checksums are verified when
-    it is first read. A set without a manifest is taken if its files have the right names and arrays.
+    Opening checks the manifest and the size and structure of every file. Each file's checksums are verified when it is
+    first read. A set without a manifest is accepted if its files have the right names and arrays.
 
     Args:
-      folder: where the files are, perhaps behind a symbolic link or on a read-only disk.
-      partial: take what is there of a set that is not complete.
-      expect: what the run wants, entries of the manifest such as {"k": 4, "teacher": "..."}; of a set without a
-        manifest only k, boundaries and image_shape can be compared.
-      images: the `ImageSource` that the pairs were made from; only sets that do not store their noise need it, to be
-        read.
+      folder: of the files, perhaps behind a symbolic link or on a read-only disk.
+      partial: use the existing files of a set that is not complete.
+      expect: entries that the manifest must have, such as {"k": 4, "teacher": "..."}; of a set without a manifest only
+        k, boundaries and image_shape can be compared.
+      images: the data set that the pairs were made from; needed to read sets that do not store their noise.
 
     Attributes:
-      manifest: what the set is; of a set without one, what its files say.
+      manifest: what the set is; of a set without one, what its files tell.
       boundaries: [k + 1] of its segments, in t.
       k: the number of segments.
       image_shape: (H, W, C).
@@ -51,30 +53,34 @@ class PairSet:
       InputError: no pairs, an incomplete or damaged set, or another one than expected; the message has the remedy.
     """
 
-    def __init__(self, folder, partial: bool = False, expect: dict | None = None, images=None):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        partial: bool = False,
+        expect: dict[str, Any] | None = None,
+        images: datasets.ImageSource | None = None,
+    ):
         self.folder = epath.Path(folder)
         self._numbers = npz.pair_file_numbers(self.folder)
-        manifest = pairplan.read_manifest(self.folder)
+        manifest = pairmanifest.read_manifest(self.folder)
         if not self._numbers:
             raise InputError(f"there are no pairs in {self.folder}; make them with training.reflow_mode=gen_reflow")
+        _check_complete(self.folder, manifest, self._numbers, partial)
         if manifest is None:
-            _refuse_gaps(self.folder, self._numbers, partial)
             manifest = _manifest_of_files(self.folder, self._numbers)
-            logger.info("%s has no %s: its files are taken as they are", self.folder, pairplan.MANIFEST)
-        else:
-            _refuse_incomplete(self.folder, manifest, self._numbers, partial)
+            logger.info("%s has no %s: its files are used as they are", self.folder, pairmanifest.MANIFEST)
         self.manifest = manifest
         self.boundaries = segments.validate_boundaries(manifest["boundaries"])
         self.k = len(self.boundaries) - 1
         self.image_shape = tuple(manifest["image_shape"])
-        _refuse_unexpected(self.folder, manifest, expect or {})
+        _check_expected(self.folder, manifest, expect or {})
         self._images = images
         if images is not None and not manifest["store_noise"]:
-            _refuse_other_images(manifest, images)
+            _check_images(manifest, images)
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
-            count = functools.partial(count_of_file, self.folder, manifest)
+            count = functools.partial(pairmanifest.check_file, self.folder, manifest)
             self.counts = np.array(list(pool.map(count, self._numbers)))
-        self._verified = set()  # files whose checksums have been seen to be right
+        self._verified = set()  # files whose checksums have been verified
 
     def __len__(self):
         """The number of pairs."""
@@ -85,49 +91,50 @@ class PairSet:
     ) -> Iterator[dict[str, np.ndarray]]:
         """The endless stream of this host's batches, from batch `start` on.
 
-        Every epoch has every pair of the set once, over all hosts together; it begins where the last one ended, be it
-        within a batch. A batch is the same whatever was read before it. The hosts' batches laid side by side are the
-        same for any number of hosts. A thread makes batches ahead; it ends with the iterator.
+        Every epoch has every pair of the set once, over all hosts together; it begins where the last one ended, even
+        within a batch. A batch does not depend on those read before it. The hosts' batches side by side are the same
+        for any number of hosts. A thread makes batches ahead; it ends with the iterator.
 
         Args:
           batch_size: of this host.
           seed: of the shuffle.
           start: the first batch.
-          shard: (this host, number of hosts); None: as JAX counts them.
+          shard: (index of this host, number of hosts); None: as in `parallel.this_host`.
 
         Returns:
           An iterator of {"x0", "x1": float32 [B, H, W, C], "t0", "t1": float32 [B], "index": int32 [B]}.
 
         Raises:
-          ValueError: a batch_size, start or shard that cannot be; no images to rebuild the noise from.
+          ValueError: invalid batch_size, start or shard; no images to rebuild the noise from.
           InputError: while iterating, a damaged file.
         """
-        place, hosts = (jax.process_index(), jax.process_count()) if shard is None else shard
-        if batch_size < 1 or start < 0 or not 0 <= place < hosts:
-            raise ValueError(f"no such batches: batch_size = {batch_size}, start = {start}, shard = {(place, hosts)}")
+        host = parallel.this_host()
+        host_index, hosts = shard or (host.index, host.count)
+        if batch_size < 1 or start < 0 or not 0 <= host_index < hosts:
+            raise ValueError(f"invalid batch_size = {batch_size}, start = {start} or shard = {(host_index, hosts)}")
         if self._images is None and not self.manifest["store_noise"]:
             raise ValueError(f"the pairs in {self.folder} do not store their noise: give the images they start from")
-        firsts = ((n * hosts + place) * batch_size for n in itertools.count(start))
+        firsts = ((n * hosts + host_index) * batch_size for n in itertools.count(start))
         return _made_ahead(_Stream(self, seed), firsts, batch_size)
 
-    def open_pairs(self, place: int) -> "_OpenPairs":
-        """File number `place` = 0, 1, ... of those in the set, its checksums verified once in this object's life.
+    def open_pairs(self, file_index: int) -> "_OpenPairs":
+        """File number `file_index` = 0, 1, ... of those in the set, its checksums verified once per `PairSet`.
 
         Raises:
           InputError: the file is damaged.
         """
-        number = self._numbers[place]
+        number = self._numbers[file_index]
         file = npz.PairFile(self.folder / npz.file_name(number))
         try:
-            if place not in self._verified:
+            if file_index not in self._verified:
                 file.check_crc()
-            index = segment_of_pairs(file, self.boundaries)
+            segment = segment_of_pairs(file, self.boundaries)
             starts = None if file.stores_noise else _RebuiltStarts(file, number, self.manifest, self._images)
         except BaseException:
             file.close()
             raise
-        self._verified.add(place)
-        return _OpenPairs(file, index, starts)
+        self._verified.add(file_index)
+        return _OpenPairs(file, segment, starts)
 
 
 def segment_of_pairs(file: npz.PairFile, boundaries: Float[np.ndarray, "boundaries"]) -> Int[np.ndarray, "n"]:
@@ -137,37 +144,14 @@ def segment_of_pairs(file: npz.PairFile, boundaries: Float[np.ndarray, "boundari
       BrokenFile: a pair's times are not those of a segment.
     """
     t0, t1 = (file.array(name).astype(np.float32) for name in ("t0", "t1"))
-    index = np.clip(np.searchsorted(-boundaries, -t1), 0, len(boundaries) - 2)
-    if np.any(boundaries[index] != t1) or np.any(boundaries[index + 1] != t0):
+    segment = np.clip(np.searchsorted(-boundaries, -t1), 0, len(boundaries) - 2)
+    if np.any(boundaries[segment] != t1) or np.any(boundaries[segment + 1] != t0):
         raise file.broken(f"it has pairs of other segments than {boundaries.tolist()}")
-    return index.astype(np.int32)
-
-
-def count_of_file(folder: epath.Path, manifest: dict, number: int) -> int:
-    """The pairs in file `number`, once its size and structure are seen to be what the manifest says.
-
-    Raises:
-      InputError: it is missing, cannot be read, or has no place in the set.
-      BrokenFile: it is not the file that the manifest means.
-    """
-    with npz.PairFile(folder / npz.file_name(number)) as file:
-        found = {"image_shape": list(file.image_shape), "store_noise": file.stores_noise}
-        wanted = {name: manifest[name] for name in found}
-        if "file_size" in manifest:
-            if not 1 <= number <= manifest["files"]:
-                raise InputError(f"{file.path} does not belong to this set; remove it")
-            found["pairs"] = file.count
-            wanted["pairs"] = min(manifest["file_size"], manifest["pairs"] - (number - 1) * manifest["file_size"])
-        found |= {"bytes": file.size, "crc32": file.crc32}
-        wanted |= manifest.get("contents", {}).get(file.path.name, {})
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise file.broken(f"its {name} is {found[name]} where the manifest has {value}")
-        return file.count
+    return segment.astype(np.int32)
 
 
 def _manifest_of_files(folder, numbers):
-    """What can be said of a set without a manifest: the segments are those that occur in its files."""
+    """The manifest of a set without one, as far as its files tell: the segments are those that occur in them."""
     spans, shapes = set(), {}
     for number in numbers:
         with npz.PairFile(folder / npz.file_name(number)) as file:
@@ -191,34 +175,28 @@ def _manifest_of_files(folder, numbers):
     }
 
 
-def _refuse_gaps(folder, numbers, partial):
-    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    if gaps and not partial:
-        raise InputError(f"{folder / npz.file_name(gaps[0])} is missing; bring it, or set training.reflow_partial=True")
-
-
-def _refuse_incomplete(folder, manifest, numbers, partial):
-    missing = sorted(set(range(1, manifest["files"] + 1)) - set(numbers))
-    state = f"{folder} has {len(numbers)} of its {manifest['files']} files"
+def _check_complete(folder, manifest, numbers, partial):
+    expected = range(1, manifest["files"] + 1) if manifest else range(numbers[0], numbers[-1] + 1)
+    missing = sorted(set(expected) - set(numbers))
+    state = f"{folder} has {len(numbers)} of its {len(expected)} files"
+    remedy = "run gen_reflow again, which makes missing files" if manifest else "restore it"
+    remedy += ", or set training.reflow_partial=True"
     if partial:
         logger.info("%s", state)
     elif missing:
-        raise InputError(
-            f"{state}, {npz.file_name(missing[0])} is missing; run gen_reflow again, which makes what is not "
-            "there, or set training.reflow_partial=True"
-        )
-    elif not manifest["complete"]:
-        raise InputError(f"{state}, but was not completed; run gen_reflow again, or set training.reflow_partial=True")
+        raise InputError(f"{state}, {npz.file_name(missing[0])} is missing; {remedy}")
+    elif manifest and not manifest["complete"]:
+        raise InputError(f"{state}, but was not completed; {remedy}")
 
 
-def _refuse_unexpected(folder, manifest, expect):
+def _check_expected(folder, manifest, expect):
     for name, wanted in expect.items():
         found = manifest.get(name)
         if name == "boundaries":
             same = len(found) == len(wanted) and np.allclose(found, wanted, rtol=0, atol=1e-6)
         else:
             same = found == (list(wanted) if isinstance(wanted, tuple) else wanted)
-        # A set without a manifest cannot be asked for more than its files show.
+        # Of a set without a manifest more than its files tell cannot be compared.
         if not same and (found is not None or "format" in manifest):
             raise InputError(
                 f"the pairs in {folder} were made with {name} = {found}, but this run has {wanted}; use the settings "
@@ -226,7 +204,7 @@ def _refuse_unexpected(folder, manifest, expect):
             )
 
 
-def _refuse_other_images(manifest, images):
+def _check_images(manifest, images):
     if images.identity != manifest["dataset"]:
         raise InputError(
             f"the pairs were made from {manifest['dataset']} and do not store their noise, which cannot be rebuilt "
@@ -244,105 +222,95 @@ class _RebuiltStarts:
         image = file.array("image")
         if np.any((image >= 0) & (image != (first + np.arange(file.count)) % manifest["dataset_size"])):
             raise file.broken("its pairs start from other images than those of this file")
-        self._images = images_of_file(images, first, file.count, manifest["k"])
-        self._how = {name: manifest[name] for name in ("centered", "dequantize", "dtype")}
+        self._images = pairplan.file_images(images, first, image)
+        self._settings = {name: manifest[name] for name in ("centered", "dequantize", "dtype")}
 
     def rows(self, rows):
-        """x1 of the given rows, bit for bit what was solved from.
+        """x1 of the given rows, bit for bit what the solver started from.
 
         Raises:
-          InputError: other bits come out, since something that makes them is not what it was.
+          InputError: the bits differ from those that were solved from.
         """
-        chosen = (part[rows] for part in (self._images, self._flip, self._key, self._t1))
-        x1 = pairplan.start_points(*chosen, **self._how)
+        chosen = (array[rows] for array in (self._images, self._flip, self._key, self._t1))
+        x1 = pairplan.start_points(*chosen, **self._settings)
         other = rows[npz.crc_of_rows(x1) != self._crc[rows]]
         if len(other):
             raise InputError(
-                f"{self._path}: x1 of pair {other[0]}, which is not stored, is not rebuilt as it was: the images, the "
-                "decoder of their files (TensorFlow Datasets, libjpeg) or NumPy's random numbers are others (here "
-                f"NumPy {np.__version__}); read it with the versions it was made with, or make the pairs anew"
+                f"{self._path}: x1 of pair {other[0]} is not stored and cannot be rebuilt to the same bits: the "
+                "images, the decoder of their files (TensorFlow Datasets, libjpeg) or NumPy's random numbers differ "
+                f"(this is NumPy {np.__version__}); use the versions it was made with, or make the pairs again"
             )
         return x1
 
 
-def images_of_file(images, first: int, count: int, k: int) -> UInt8[np.ndarray, "count h w c"]:
-    """The images that a file's pairs start from; with k = 1 every pair starts from noise, and none is read."""
-    if k == 1:
-        return np.broadcast_to(np.uint8(0), (count, *images.image_shape))
-    return images.read(first, count)
-
-
 class _OpenPairs:
-    """A file of the set, ready to be read."""
+    """A file of the set, open for reading."""
 
-    def __init__(self, file, index, starts):
-        self.file, self.index, self._starts = file, index, starts
+    def __init__(self, file, segment, starts):
+        self.file, self.segment, self._starts = file, segment, starts
 
-    def read(self, name, rows, out, places):
-        """out[places] = the file's rows of x0 or x1."""
+    def read(self, name, rows, out, out_rows):
+        """out[out_rows] = the file's rows of x0 or x1."""
         if name == "x1" and self._starts is not None:
-            out[places] = self._starts.rows(rows)
+            out[out_rows] = self._starts.rows(rows)
         else:
-            self.file.read_rows(name, rows, out, places)
+            self.file.read_rows(name, rows, out, out_rows)
 
 
 class _Group:
     """Some open files of a set, their pairs shuffled together."""
 
-    def __init__(self, pairs, places, seed):
+    def __init__(self, pair_set, file_indices, seed):
         with contextlib.ExitStack() as opened:
             self._files = []
             self._readers = opened.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pairs-rows"))
-            for place in places:
-                self._files.append(pairs.open_pairs(place))
+            for file_index in file_indices:
+                self._files.append(pair_set.open_pairs(file_index))
                 opened.callback(self._files[-1].file.close)
             self.close = opened.pop_all().close
-        self._index = np.concatenate([part.index for part in self._files])
-        self._firsts = np.cumsum([0] + [part.file.count for part in self._files])
-        self._mixed = np.random.default_rng(seed).permutation(self._firsts[-1])
+        self._segment = np.concatenate([pairs.segment for pairs in self._files])
+        self._firsts = np.cumsum([0] + [pairs.file.count for pairs in self._files])
+        self._order = np.random.default_rng(seed).permutation(self._firsts[-1])
 
-    def fill(self, batch, at, first, count):
-        """Puts the group's shuffled pairs first..first+count-1 at the places from `at` on."""
-        rows = self._mixed[first : first + count]
-        batch["index"][at : at + count] = self._index[rows]
+    def fill(self, batch, offset, first, count):
+        """Copies the group's shuffled pairs first..first+count-1 to the rows from `offset` on of the batch."""
+        rows = self._order[first : first + count]
+        batch["index"][offset : offset + count] = self._segment[rows]
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         reads = []
-        for number in np.unique(owner):
-            mine = np.flatnonzero(owner == number)
-            places = rows[mine] - self._firsts[number], at + mine
+        for n in np.unique(owner):
+            mine = np.flatnonzero(owner == n)
             for name in ("x0", "x1"):  # at the same time
-                reads.append(self._readers.submit(self._read, number, name, batch[name], *places))
+                arguments = (name, rows[mine] - self._firsts[n], batch[name], offset + mine)
+                reads.append(self._readers.submit(self._files[n].read, *arguments))
         for read in reads:
             read.result()
 
-    def _read(self, number, name, out, rows, places):
-        self._files[number].read(name, rows, out, places)
-
 
 class _Stream:
-    """The pairs of all epochs, one after another, as one endless sequence; any stretch of it opens few files."""
+    """The pairs of all epochs, one after another, as one endless sequence; any part of it opens few files."""
 
-    def __init__(self, pairs, seed):
-        self._pairs, self._seed = pairs, seed % 2**32
-        self._groups = {}  # (epoch, group) -> its future; the one being read and the next
+    def __init__(self, pair_set, seed):
+        self._set, self._seed = pair_set, seed % 2**32
+        self._groups = {}  # (epoch, group) -> its future; the current one and the next
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="pairs-open")
-        self._order = functools.lru_cache(2)(self._order_of_epoch)  # only this epoch's and the next one's are asked for
+        self._order = functools.lru_cache(2)(self._order_of_epoch)  # only this epoch and the next are used
 
     def read(self, first, count):
-        """The pairs at positions first..first+count-1."""
-        pairs = self._pairs
-        batch = {name: np.empty((count, *pairs.image_shape), np.float32) for name in ("x0", "x1")}
+        """The pairs at positions first..first+count-1 of the sequence."""
+        pair_set = self._set
+        batch = {name: np.empty((count, *pair_set.image_shape), np.float32) for name in ("x0", "x1")}
         batch["index"] = np.empty(count, np.int32)
         done = 0
         while done < count:
-            epoch, inside = divmod(first + done, len(pairs))
+            epoch, position = divmod(first + done, len(pair_set))
             ends = self._order(epoch)[1]
-            group = int(np.searchsorted(ends, inside, side="right"))
+            group = int(np.searchsorted(ends, position, side="right"))
             begin = ends[group - 1] if group else 0
-            part = int(min(count - done, ends[group] - inside))
-            self._group(epoch, group).fill(batch, done, inside - begin, part)
+            part = int(min(count - done, ends[group] - position))
+            self._group(epoch, group).fill(batch, done, position - begin, part)
             done += part
-        batch["t0"], batch["t1"] = pairs.boundaries[batch["index"] + 1], pairs.boundaries[batch["index"]]
+        batch["t0"], batch["t1"] = pair_set.boundaries[batch["index"] + 1], pair_set.boundaries[batch["index"]]
         return batch
 
     def close(self):
@@ -352,10 +320,11 @@ class _Stream:
         self._opener.shutdown()
 
     def _order_of_epoch(self, epoch):
-        """The groups of an epoch, as places of files, and the positions where they end."""
-        order = np.random.default_rng([self._seed, epoch, 0, FILES]).permutation(len(self._pairs.counts))
+        """The groups of an epoch, as indices of files, and the positions at which they end."""
+        counts = self._set.counts
+        order = np.random.default_rng([self._seed, epoch, 0, FILES]).permutation(len(counts))
         groups = [order[first : first + GROUP_FILES] for first in range(0, len(order), GROUP_FILES)]
-        return groups, np.cumsum([self._pairs.counts[places].sum() for places in groups])
+        return groups, np.cumsum([counts[file_indices].sum() for file_indices in groups])
 
     def _group(self, epoch, group):
         """The group, opened, while the one after it is being opened."""
@@ -364,18 +333,18 @@ class _Stream:
             self._discard(key)
         for key in ((epoch, group), after):
             if key not in self._groups:
-                places = self._order(key[0])[0][key[1]].tolist()
-                self._groups[key] = self._opener.submit(_Group, self._pairs, places, [self._seed, *key, PAIRS])
+                file_indices = self._order(key[0])[0][key[1]].tolist()
+                self._groups[key] = self._opener.submit(_Group, self._set, file_indices, [self._seed, *key, PAIRS])
         return self._groups[epoch, group].result()
 
     def _discard(self, key):
         future = self._groups.pop(key)
-        if not future.cancel() and not future.exception():  # an error was raised when the group was read, if it was
+        if not future.cancel() and not future.exception():  # its error is raised where the group is read
             future.result().close()
 
 
 def _made_ahead(stream, firsts, count):
-    """The stretches of the stream that begin at `firsts`; a thread is always a few ahead."""
+    """Batches of `count` pairs of the stream, from the positions `firsts` on; a thread is always a few ahead."""
     with contextlib.closing(stream), ThreadPoolExecutor(1, thread_name_prefix="pairs-read") as reader:
         waiting = collections.deque()
         try:

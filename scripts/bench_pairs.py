@@ -32,8 +32,9 @@ import sampling
 import segments
 import utils
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
+from pairs import manifest as pairmanifest
 from pairs import npz
-from pairs import plan as pairplan
+from pairs.plan import PairPlan, plan_pairs
 
 PARTS = ["reading", "writing", "memory", "generation"]
 PAIRS, SHAPE, BATCH, RUNS, ROUNDS = 10_000, (32, 32, 3), 512, 7, 4
@@ -77,9 +78,9 @@ def cifar_pairs() -> dict[str, np.ndarray]:
     return {"x0": x0, "x1": x1, "t0": np.zeros(PAIRS, np.float32), "t1": np.ones(PAIRS, np.float32)}
 
 
-def plan_of(folder: Path, **what) -> reflow.PairPlan:
+def plan_of(folder: Path, **what) -> PairPlan:
     """The plan of a set of float32 pairs; `what` says its boundaries, pairs, file size, image shape and data set."""
-    return reflow.plan_pairs(
+    return plan_pairs(
         folder=folder,
         dtype="float32",
         store_noise=True,
@@ -131,9 +132,9 @@ def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
         dataset="noise",
         dataset_size=PAIRS,
     )
-    pairplan.begin_manifest(plan, {})
+    pairmanifest.begin_manifest(plan)
     write = median_seconds(lambda: utils.write_arrays(path, **arrays))
-    pairplan.complete_manifest(plan)
+    pairmanifest.complete_manifest(plan)
     write_compressed = median_seconds(lambda: np.savez_compressed(compressed, **arrays))
     if "writing" in parts:
         report.say("writing, MB/s, on the disk before it counts", f"{size / write / 1e6:8.0f}")

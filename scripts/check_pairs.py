@@ -15,8 +15,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from pairs import manifest as pairmanifest
 from pairs import npz, reader
-from pairs import plan as pairplan
 from utils import InputError, os_errors
 
 
@@ -32,7 +32,7 @@ def check_file(folder: epath.Path, manifest: dict | None, number: int) -> None:
         if manifest:
             reader.segment_of_pairs(file, np.asarray(manifest["boundaries"], np.float32))
     if manifest:
-        reader.count_of_file(folder, manifest, number)
+        pairmanifest.check_file(folder, manifest, number)
 
 
 def problems(folder: epath.Path, manifest: dict | None, numbers: list[int]) -> dict[int, InputError]:
@@ -54,7 +54,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder
     try:
-        manifest, numbers = pairplan.read_manifest(folder), npz.pair_file_numbers(folder)
+        manifest, numbers = pairmanifest.read_manifest(folder), npz.pair_file_numbers(folder)
     except InputError as error:
         print(error)
         return 2
@@ -80,7 +80,7 @@ def main() -> int:
         return 1
     try:
         with os_errors():
-            pairplan.reopen_set(folder, broken)
+            pairmanifest.reopen_set(folder, broken)
     except OSError as error:
         print(f"{folder} cannot be changed: {error}; repair it where it can be written")
         return 1

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 # Before jax starts: two devices on one CPU, so that work shared by devices really is.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -9,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Every module and package at the top level but main, which only reads flags.
@@ -18,3 +20,48 @@ PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 
 # The jaxtyping annotations of these modules are checked at every call made in a test.
 install_import_hook(MODULES + PACKAGES, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def whole_set(tmp_path_factory):
+    """The folder of the set of `pair_maker.plan`, 60 pairs in 5 files; not to be changed."""
+    return _generated(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def large_set(tmp_path_factory):
+    """The folder of a set of 174 pairs in 15 files, the last one shorter; not to be changed."""
+    return _generated(tmp_path_factory, pairs=174)
+
+
+@pytest.fixture
+def copied_set(large_set, tmp_path):
+    """A copy of `large_set`, to be damaged."""
+    return shutil.copytree(large_set, tmp_path / "p")
+
+
+def _generated(tmp_path_factory, **changes):
+    import pair_maker
+
+    folder = tmp_path_factory.mktemp("pairs") / "reflow_batch"
+    pair_maker.generate(folder, **changes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def programs_kept(tmp_path_factory):
+    """Compiled programs are kept for the processes and the repetitions of a module's tests."""
+    import jax
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]

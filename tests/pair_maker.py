@@ -1,34 +1,37 @@
 """A teacher whose flow is known in closed form, and the making of pair sets with it, also in a process of its own."""
 
+import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import struct
 import sys
-import time
 import unittest.mock
+import zipfile
 
 import jax
 import numpy as np
 from etils.epath import backend, gpath
 
+import datasets
 import reflow
 import segments
+from pairs.plan import plan_pairs
+from pairs.reader import PairSet
 
 MEAN, STD = 0.3, 0.5  # of the teacher's data, every pixel alike
 SHAPE = (6, 5, 1)
 
 
-class Images:
-    """The part of `datasets.ImageSource` that pairs are made from: 50 random images."""
-
-    identity, size, image_shape = "fifty", 50, SHAPE
+class Images(datasets.ArraySource):
+    """50 random images."""
 
     def __init__(self):
-        self.pixels = np.random.default_rng(0).integers(0, 256, (self.size, *SHAPE)).astype(np.uint8)
-
-    def read(self, start, count):
-        return self.pixels[np.arange(start, start + count) % self.size]
+        self.pixels = np.random.default_rng(0).integers(0, 256, (50, *SHAPE)).astype(np.uint8)
+        super().__init__("fifty", self.pixels)
+        self.identity = "fifty"
 
 
 def std_of_tau(tau):
@@ -60,8 +63,8 @@ def plan(folder, **changes):
         "pairs": 60,
         "file_size": 12,
         "image_shape": SHAPE,
-        "dataset": Images.identity,
-        "dataset_size": Images.size,
+        "dataset": "fifty",
+        "dataset_size": 50,
         "centered": True,
         "flip": True,
         "dequantize": False,
@@ -73,7 +76,7 @@ def plan(folder, **changes):
         "dtype": "float32",
         "store_noise": True,
     }
-    return reflow.plan_pairs(folder=folder, **(settings | changes))
+    return plan_pairs(folder=folder, **(settings | changes))
 
 
 def generate(folder, batch_size=4, worker=(1, 1), images=None, **changes):
@@ -100,6 +103,48 @@ def digests(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def arrays_of(folder) -> dict[str, np.ndarray]:
+    """Every array of the set, its files joined in order."""
+    files = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    return {name: np.concatenate([file[name] for file in files]) for name in files[0].files}
+
+
+def stream(pair_set, count, *arguments, **options) -> list[dict[str, np.ndarray]]:
+    """The first `count` batches of a set, given open or as its folder."""
+    pair_set = pair_set if isinstance(pair_set, PairSet) else PairSet(pair_set)
+    with contextlib.closing(pair_set.batches(*arguments, **options)) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def names_of(batches) -> list[bytes]:
+    """What tells every pair in the batches from any other, in order."""
+    return [row.tobytes() for batch in batches for row in batch["x1"]]
+
+
+def flip_byte(path, array) -> None:
+    """Changes the last byte of an array in the file."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{array}.npy")
+    with open(path, "r+b") as file:
+        file.seek(info.header_offset)
+        lengths = struct.unpack("<26xHH", file.read(30))  # of the name and the extra field between header and array
+        file.seek(sum(lengths) + info.file_size - 1, os.SEEK_CUR)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def rewrite(path, save=np.savez, without=(), **changes) -> None:
+    """The file again, some of its arrays changed."""
+    arrays = {name: array for name, array in np.load(path).items() if name not in without} | changes
+    save(path, **arrays)
+
+
+def truncate(path) -> None:
+    """Cuts the last 100 bytes off."""
+    os.truncate(path, path.stat().st_size - 100)
+
+
 def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:
     """A started process that generates with `arguments`; `hosts` is (port, number of hosts, this host)."""
     context = multiprocessing.get_context("forkserver")
@@ -116,9 +161,8 @@ def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:
 def _generate_apart(devices, hosts, arguments):
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if hosts:
-        port, count, place = hosts
-        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=place)
-        time.sleep(place)  # the first host has done what it can before the second looks at the files
+        port, count, host_index = hosts
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=host_index)
     generate(**arguments)
     if hosts:
         jax.distributed.shutdown()  # as a program's own end would; this kind of process skips it

@@ -16,6 +16,7 @@ import reflow
 import run_lib
 import sources
 from configs.rf.digits_rf_continuous import get_config
+from pairs.manifest import read_manifest
 from utils import InputError
 
 
@@ -208,7 +209,7 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     monkeypatch.setattr("sampler.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
-    manifest = reflow.read_manifest(tmp_path / sources.PAIRS)
+    manifest = read_manifest(tmp_path / sources.PAIRS)
     assert manifest["adaptive"]
     assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
@@ -287,7 +288,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     assert checkpoints.steps_in(tmp_path / "1_rf") == [70, 71]
     run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
     teacher = checkpoints.fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
-    assert reflow.read_manifest(tmp_path / sources.PAIRS)["teacher"] == teacher
+    assert read_manifest(tmp_path / sources.PAIRS)["teacher"] == teacher
     run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
     student, info = state(tmp_path, "2_rf", 0)
     assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
