@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float, Int, UInt8
 
 import parallel
+from runtime import tensorflow_on_cpu
 from utils import InputError
 
 SHUFFLE_BYTES = 2**28  # encoded records held to be shuffled; all of CIFAR-10, a tenth of LSUN church
@@ -37,14 +38,6 @@ PREPARED_HERE = {
     "fashion_mnist": "python scripts/prepare_dataset.py fashion_mnist --from FOLDER --to {folder}",
     "images": "python scripts/prepare_dataset.py images --from FOLDER --to {folder} --size SIZE",
 }
-
-
-def tensorflow_on_cpu():
-    """The tensorflow module, kept off the GPU, whose memory it would take from JAX."""
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
 
 
 def unscale(

@@ -1,13 +1,12 @@
 """Sequential rectified flow from the command line; README.md lists the jobs."""
 
 import errno
-import logging
-import os
 import sys
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
+
+import runtime
 
 FLAGS = flags.FLAGS
 DISK_ERRORS = (
@@ -31,10 +30,11 @@ def main(argv):
     from utils import InputError
 
     try:
-        if FLAGS.mode == "train":
-            run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
-        else:
-            run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
+        with runtime.terminal_logging():
+            if FLAGS.mode == "train":
+                run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
+            else:
+                run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
     except InputError as error:
         _end(str(error))
     except OSError as error:
@@ -70,8 +70,5 @@ def _config():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks less; its first words come all the same
-    # Our own lines, and of the libraries only what is wrong: orbax alone would write twenty lines a checkpoint.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("seqrf").setLevel(logging.INFO)
+    runtime.set_environment()
     app.run(main, flags_parser=_parsed_flags)

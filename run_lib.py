@@ -24,6 +24,7 @@ import losses
 import models
 import parallel
 import reflow
+import runtime
 import segments
 import sources
 import tfgan_compat
@@ -40,7 +41,6 @@ from utils import InputError
 logger = logging.getLogger("seqrf")
 
 SHOWN_IMAGES = 64
-HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws and measures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def train(config, workdir, *, log_name: str = "seqrf"):
     Raises:
       InputError: anything in the configuration, the data or the workdir that cannot work, before work is done.
     """
-    config = _checked(config, "train")
+    config = _prepare(config, "train")
     workdir = epath.Path(workdir)
     if config.model.rf_phase == 1:
         _train_stage(config, workdir, STAGES["1_rf"], log_name)
@@ -108,23 +108,26 @@ def train(config, workdir, *, log_name: str = "seqrf"):
         _train_stage(config, workdir, STAGES[config.training.reflow_mode], log_name)
 
 
-def _checked(config, mode):
-    """The configuration, checked, its k settled; the devices and the folder of compiled programs made ready."""
+def _prepare(config, mode: str):
+    """Validates the configuration, starts the hosts and sets up the compilation cache; the configuration, k resolved.
+
+    Raises:
+      InputError: a setting that cannot work.
+    """
     check_config(config, mode)
+    config = _resolve_segments(config)
+    if mode == "train":
+        runtime.start_hosts()
+    runtime.set_up_compilation_cache(features.cache_folder() / "compiled")
+    check_batches(config, mode, devices=jax.device_count(), local_devices=jax.local_device_count())
+    return config
+
+
+def _resolve_segments(config):
+    """A copy with k in training.reflow_t: 1 for a 1-RF, whose eval.segments keeps what was given."""
     config = config.copy_and_resolve_references()
     config.eval.segments = config.eval.segments or config.training.reflow_t
     config.training.reflow_t = segments_of(config)
-    models.create_model(config)  # refuses what the family of networks does not have
-    if "JAX_COORDINATOR_ADDRESS" in os.environ and mode == "train" and not jax.distributed.is_initialized():
-        hosts = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        hosts = {name: int(value) for name, value in hosts.items() if value}
-        jax.distributed.initialize(**hosts, shutdown_timeout_seconds=HOSTS_WAIT_SECONDS)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(features.cache_folder() / "compiled"))
-        # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    check_batches(config, mode, devices=jax.device_count(), local_devices=jax.local_device_count())
     return config
 
 
@@ -451,7 +454,7 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
     """
     if int(os.environ.get("JAX_PROCESS_ID") or 0):
         return
-    config = _checked(config, "eval")
+    config = _prepare(config, "eval")
     workdir = epath.Path(workdir)
     found = sources.checkpoints_to_evaluate(config, workdir / _evaluated_stage(config))
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))

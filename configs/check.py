@@ -1,10 +1,14 @@
-"""Whether a configuration can work: every value that is wrong for a job is named before any work is done."""
+"""Validates configurations: the first invalid value is named before any work is done.
 
+The tables below hold the choices and ranges of all settings but the network's, which are in models/factory.py.
+"""
+
+import models
+import sampling
 import segments
 from configs.default import is_given
 from utils import InputError
 
-SOLVERS = ("dopri5", "tsit5", "bosh3", "heun", "midpoint", "ralston")
 CHOICES = {
     "model.rf_phase": (1, 2),
     "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
@@ -15,19 +19,16 @@ CHOICES = {
     "optim.schedule": ("constant", "cosine"),
     "eval.reflow_mode": ("eval_reflow", "eval_distill"),
     "sampling.method": ("ode", "pc"),
-    "sampling.solver": SOLVERS,
-    "sampling.predictor": ("rf_solver", "rf_solver_heun", "rf_reinterpolate", *SOLVERS),
+    "sampling.solver": tuple(sampling.SOLVERS),
+    "sampling.predictor": ("rf_solver", "rf_solver_heun", "rf_reinterpolate", *sampling.SOLVERS),
     "sampling.error_norm": ("batch", "sample"),
     "sampling.time_grid": ("uniform", "adaptive"),
 }
 # Inclusive lower bounds; None: no bound above.
 RANGES = {
     "seed": (0, 2**31 - 2),
-    "data.image_size": (1, None),
-    "data.num_channels": (1, None),
     "model.num_scales": (1, None),
     "model.ema_rate": (0, 1),
-    "model.dropout": (0, 1),
     "training.reflow_t": (1, None),
     "training.batch_size": (1, None),
     "training.n_iters": (1, None),
@@ -69,6 +70,7 @@ def check_config(config, mode: str):
         if not low <= value or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--config.{name}={value}: it must be {span}")
+    models.create_model(config)
     check_steps(config, mode)
     check_options(config, mode)
 
