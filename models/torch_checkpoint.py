@@ -6,9 +6,6 @@ configuration before anything of its size is allocated. torch is imported only w
 
 import logging
 import math
-import os
-import re
-import zipfile
 from collections import OrderedDict
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from models import torch_file
 from models.factory import create_model, expand_heads
 from models.ncsnpp import NCSNpp, sigma_table
 from models.torch_layout import Entries, Entry, entries_of
@@ -68,18 +66,8 @@ def import_torch(path, config) -> Weights:
         thing wrong.
     """
     model, path = create_model(config), epath.Path(path)
-    try:
+    with torch_file.errors_named(f"PyTorch checkpoint {path}"):
         return _weights(_opened(path), model, path.stat().length)
-    except InputError as error:
-        raise InputError(f"PyTorch checkpoint {path}: {error}") from error.__cause__
-    except (OSError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        # Whoever crafts a file chooses the objects in it, and tensors of odd kinds raise what they like at any touch.
-        raise InputError(
-            f"PyTorch checkpoint {path}: holds something that no training run saves ({type(error).__name__} while "
-            "reading it); save it again from the trainer"
-        ) from error
 
 
 def _weights(file: dict, model: NCSNpp, size: int) -> Weights:
@@ -87,7 +75,7 @@ def _weights(file: dict, model: NCSNpp, size: int) -> Weights:
     state = _state_dict(file, entries, model)
     shadow = _shadow_params(file["ema"], entries)
     count, mu, nu = _adam_state(file.get("optimizer"), entries)
-    _check_numbers({"model": state, "ema": shadow, "exp_avg": mu, "exp_avg_sq": nu}, size)
+    torch_file.check_numbers({"model": state, "ema": shadow, "exp_avg": mu, "exp_avg_sq": nu}, size)
     extras = {
         "sigmas": np.array(state["sigmas"].numpy()),
         "ema_decay": np.array(_number("ema['decay']", file["ema"].get("decay"))),
@@ -116,68 +104,15 @@ def _weights(file: dict, model: NCSNpp, size: int) -> Weights:
     )
 
 
-class _PlainDtype:
-    """Stands in for `numpy.dtype` while unpickling: numbers only, no fields, no objects, no sizes to allocate."""
-
-    def __init__(self, code, *_):
-        if not re.fullmatch("[biuf][1248]", str(code)):
-            raise ValueError(f"a NumPy scalar of type {code!r} is no number")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-def _plain_scalar(dtype: _PlainDtype, raw: bytes) -> float:
-    """Stands in for NumPy's unpickler of scalars: public checkpoints keep their learning rate as one."""
-    return np.frombuffer(raw, dtype.dtype, count=1)[0].item()
-
-
 def _opened(path) -> dict:
-    """The dict in the file, its tensors mapped from disk rather than read where the file is a local archive."""
-    import torch
-
-    if not path.is_file():
-        raise InputError("there is no such file")
-    stand_ins = [
-        (_PlainDtype, "numpy.dtype"),
-        (_plain_scalar, "numpy._core.multiarray.scalar"),
-        (_plain_scalar, "numpy.core.multiarray.scalar"),
-    ]
-    local = os.path.exists(os.fspath(path))
-    archive = _is_archive(path)
-    try:
-        with path.open("rb") as stream, torch.serialization.safe_globals(stand_ins):
-            source = os.fspath(path) if local and archive else stream
-            file = torch.load(source, map_location="cpu", weights_only=True, mmap=local and archive)
-    except Exception as error:  # a damaged pickle can raise anything
-        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(f"carries code ({blocked[1]!r}), which is never run") from error
-        raise InputError("is not a checkpoint that torch.save wrote, or is damaged or truncated") from error
+    """The dict in the file."""
+    file = torch_file.load(path)
     if not isinstance(file, dict):
         raise InputError(f"holds a {type(file).__name__}, not the dict of a training run")
     for key in ("model", "ema", "step"):
         if key not in file:
             raise InputError(f"misses {key!r}")
     return file
-
-
-def _is_archive(path) -> bool:
-    """Whether the file is a zip archive (torch.save since 1.6), once it is known not to grow when it is read."""
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-        if not zipfile.is_zipfile(stream):
-            if magic == b"PK\x03\x04":
-                raise InputError("is truncated: the archive's end is missing")
-            return False
-        try:
-            members = zipfile.ZipFile(stream).infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise InputError("is a damaged archive") from error
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
-            raise InputError("is a compressed archive, which torch.save does not write")
-    return True
 
 
 def _state_dict(file: dict, entries: Entries, model: NCSNpp) -> dict:
@@ -193,7 +128,7 @@ def _state_dict(file: dict, entries: Entries, model: NCSNpp) -> dict:
     for name in ("sigmas", *wanted):
         if name not in state:
             raise InputError(f"misses model[{prefix + name!r}]")
-        state[name] = _dense(f"model[{keys[name]!r}]", state[name], wanted.get(name))
+        state[name] = torch_file.dense(f"model[{keys[name]!r}]", state[name], wanted.get(name))
     if surplus := [keys[name] for name in shapes if name not in wanted]:
         raise InputError(f"has model[{surplus[0]!r}], which this configuration has not")
     _check_sigmas(f"model[{keys['sigmas']!r}]", state["sigmas"], model)
@@ -232,7 +167,7 @@ def _shadow_params(ema, entries: Entries) -> dict:
     if len(shadow) != len(trainable):
         raise InputError(f"ema['shadow_params'] has {len(shadow)} tensors, this configuration trains {len(trainable)}")
     return {
-        entry.name: _dense(f"ema['shadow_params'][{i}] ({entry.name})", tensor, entry.shape)
+        entry.name: torch_file.dense(f"ema['shadow_params'][{i}] ({entry.name})", tensor, entry.shape)
         for i, (entry, tensor) in enumerate(zip(trainable, shadow, strict=True))
     }
 
@@ -253,8 +188,8 @@ def _adam_state(optimizer, entries: Entries) -> tuple[int, dict, dict]:
             if not isinstance(slot, dict) or key not in slot:
                 raise InputError(f"misses {where}[{key!r}] ({entry.name})")
         counts.add(_count(f"{where}['step']", slot["step"]))
-        mu[entry.name] = _dense(f"{where}['exp_avg'] ({entry.name})", slot["exp_avg"], entry.shape)
-        nu[entry.name] = _dense(f"{where}['exp_avg_sq'] ({entry.name})", slot["exp_avg_sq"], entry.shape)
+        mu[entry.name] = torch_file.dense(f"{where}['exp_avg'] ({entry.name})", slot["exp_avg"], entry.shape)
+        nu[entry.name] = torch_file.dense(f"{where}['exp_avg_sq'] ({entry.name})", slot["exp_avg_sq"], entry.shape)
     if len(counts) != 1:
         raise InputError(
             f"optimizer['state'] has weights after {min(counts)} and after {max(counts)} updates; one count fits all"
@@ -283,43 +218,6 @@ def _adam_order(state: dict, optimizer: dict, entries: Entries) -> list[tuple[in
         if index not in state and not entry.idle:
             raise InputError(f"misses optimizer['state'][{index}] ({entry.name})")
     return [(index, entry) for index, entry in order if index in state]
-
-
-def _dense(name: str, value, shape: tuple[int, ...] | None = None):
-    """`value`, once it is known to be a tensor of floats of that shape which does not repeat what it has stored."""
-    import torch
-
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-        raise InputError(f"{name} is not a tensor of plain numbers")
-    if value.dtype not in (torch.float16, torch.float32, torch.float64):
-        kind = str(value.dtype).removeprefix("torch.")
-        raise InputError(f"{name} is not a tensor of float16, float32 or float64 but of {kind}")
-    if shape is not None and tuple(value.shape) != shape:
-        raise InputError(f"{name} has shape {tuple(value.shape)}, this configuration needs {shape}")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise InputError(f"{name} claims more numbers than the file holds")
-    return value.detach()
-
-
-def _check_numbers(parts: dict[str, dict], size: int):
-    """Refuses tensors, by part and name, that a file of `size` bytes does not hold, or that no training leaves behind.
-
-    PyTorch's old format, which is no archive, names each storage with the size it claims, and reads only those that a
-    list after them repeats. The others are memory that was asked for and never written to: it costs nothing, however
-    much it is, until someone touches it, so the claims are added up first.
-    """
-    import torch
-
-    storages = [tensor.untyped_storage() for tensors in parts.values() for tensor in tensors.values()]
-    if sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) > size:
-        raise InputError("claims more numbers than the file holds")
-    for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            # As it will be kept: a 64-bit number may be too large for 32.
-            if not torch.isfinite(tensor.float()).all():
-                raise InputError(f"{part} of {name} has a number that is not finite")
-            if part == "exp_avg_sq" and (tensor < 0).any():
-                raise InputError(f"{part} of {name} has a negative number, which a mean of squares cannot be")
 
 
 def _number(name: str, value) -> float:

@@ -1,0 +1,130 @@
+"""Files of torch.save, read as untrusted input: nothing in them is executed, and every tensor is checked.
+
+torch is imported only when a file is read.
+"""
+
+import contextlib
+import os
+import re
+import zipfile
+
+import numpy as np
+from etils import epath
+
+from utils import InputError
+
+
+class _PlainDtype:
+    """Stands in for `numpy.dtype` while unpickling: numbers only, no fields, no objects, no sizes to allocate."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch("[biuf][1248]", str(code)):
+            raise ValueError(f"a NumPy scalar of type {code!r} is no number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _plain_scalar(dtype: _PlainDtype, raw: bytes) -> float:
+    """Stands in for NumPy's unpickler of scalars: public checkpoints keep their learning rate as one."""
+    return np.frombuffer(raw, dtype.dtype, count=1)[0].item()
+
+
+def load(path: epath.Path):
+    """What is in the file, its tensors mapped from disk rather than read where the file is a local archive.
+
+    Raises:
+      InputError: no such file, damaged, or with anything in it but tensors and plain numbers; one line.
+    """
+    import torch
+
+    if not path.is_file():
+        raise InputError("there is no such file")
+    stand_ins = [
+        (_PlainDtype, "numpy.dtype"),
+        (_plain_scalar, "numpy._core.multiarray.scalar"),
+        (_plain_scalar, "numpy.core.multiarray.scalar"),
+    ]
+    local = os.path.exists(os.fspath(path))
+    archive = _is_archive(path)
+    try:
+        with path.open("rb") as stream, torch.serialization.safe_globals(stand_ins):
+            source = os.fspath(path) if local and archive else stream
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=local and archive)
+    except Exception as error:  # a damaged pickle can raise anything
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"carries code ({blocked[1]!r}), which is never run") from error
+        raise InputError("is not a checkpoint that torch.save wrote, or is damaged or truncated") from error
+
+
+def _is_archive(path) -> bool:
+    """Whether the file is a zip archive (torch.save since 1.6), once it is known not to grow when it is read."""
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+        if not zipfile.is_zipfile(stream):
+            if magic == b"PK\x03\x04":
+                raise InputError("is truncated: the archive's end is missing")
+            return False
+        try:
+            members = zipfile.ZipFile(stream).infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise InputError("is a damaged archive") from error
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
+            raise InputError("is a compressed archive, which torch.save does not write")
+    return True
+
+
+@contextlib.contextmanager
+def errors_named(what: str):
+    """Puts `what` before the message of an InputError, and makes one of whatever else the block raises."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error.__cause__
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # Whoever crafts a file chooses the objects in it, and tensors of odd kinds raise what they like at any touch.
+        raise InputError(
+            f"{what}: holds something that no training run saves ({type(error).__name__} while reading it); save it "
+            "again from the trainer"
+        ) from error
+
+
+def dense(name: str, value, shape: tuple[int, ...] | None = None):
+    """`value`, once it is known to be a tensor of floats of that shape which does not repeat what it has stored."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        raise InputError(f"{name} is not a tensor of plain numbers")
+    if value.dtype not in (torch.float16, torch.float32, torch.float64):
+        kind = str(value.dtype).removeprefix("torch.")
+        raise InputError(f"{name} is not a tensor of float16, float32 or float64 but of {kind}")
+    if shape is not None and tuple(value.shape) != shape:
+        raise InputError(f"{name} has shape {tuple(value.shape)}, this configuration needs {shape}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise InputError(f"{name} claims more numbers than the file holds")
+    return value.detach()
+
+
+def check_numbers(parts: dict[str, dict], size: int):
+    """Raises InputError for tensors, by part and name, that a file of `size` bytes does not hold, or not finite ones.
+
+    PyTorch's old format, which is no archive, names each storage with the size it claims, and reads only those that a
+    list after them repeats. The others are memory that was asked for and never written to: it costs nothing, however
+    much it is, until someone touches it, so the claims are added up first.
+    """
+    import torch
+
+    storages = [tensor.untyped_storage() for tensors in parts.values() for tensor in tensors.values()]
+    if sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) > size:
+        raise InputError("claims more numbers than the file holds")
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            # As it will be kept: a 64-bit number may be too large for 32.
+            if not torch.isfinite(tensor.float()).all():
+                raise InputError(f"{part} of {name} has a number that is not finite")
+            if part == "exp_avg_sq" and (tensor < 0).any():
+                raise InputError(f"{part} of {name} has a negative number, which a mean of squares cannot be")
