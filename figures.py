@@ -3,8 +3,11 @@
 import io
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
+import adaptive
+import segments
 from utils import atomic_path, image_grid
 
 
@@ -67,6 +70,25 @@ def draw_pairs(path, x1, x0, segment, boundaries, unscale, count: int = 16):
             ax.imshow(image_grid(unscale(x[rows])))
             ax.set_title(f"segment {index}, {name}: t = {time:.3g}")
             ax.set_axis_off()
+    _save(figure, path)
+
+
+def draw_partition(path: epath.PathLike, partition: adaptive.Partition) -> None:
+    """The curvature cost against t of SeqRF-Ada's partition and of the uniform one, with their boundaries."""
+    figure, axes = _figure(size=(8, 4))
+    k = partition.boundaries.size - 1
+    curves = [
+        ("uniform", partition.uniform_curve, segments.uniform_boundaries(k), "tab:gray", 0.8, ":"),
+        ("adaptive", partition.curve, partition.boundaries, "tab:blue", 1.6, "-"),
+    ]
+    for name, curve, boundaries, color, width, style in curves:
+        label = f"{name}, cost {curve.cost:.4g}"
+        axes.stairs(curve.density[::-1], curve.times[::-1], color=color, linewidth=width, label=label)
+        for boundary in boundaries:
+            axes.axvline(boundary, color=color, linewidth=width / 2, linestyle=style)
+    axes.set(xlim=(1, 0), xlabel="t  (1: noise, 0: data)", ylabel="cost per unit of t", ylim=(0, None))
+    axes.set_title(f"{k} segments: curvature cost {partition.cost:.4g}, uniform {partition.uniform_cost:.4g}")
+    axes.legend()
     _save(figure, path)
 
 

@@ -428,15 +428,18 @@ def _pair_boundaries(config, workdir, model, teacher):
     if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
     sampler = _sampler(config, model, segments.uniform_boundaries(k))
-    division = adaptive.best_division(sampler.fine_distances(teacher), k)
+    partition = adaptive.best_partition(sampler.fine_distances(teacher), k)
     logger.info(
-        "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", division.boundaries, division.cost, division.uniform_cost
+        "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)",
+        partition.boundaries,
+        partition.cost,
+        partition.uniform_cost,
     )
-    adaptive.draw_division(workdir / "samples" / "division.png", division)
-    return division.boundaries, {
+    figures.draw_partition(workdir / "samples" / "division.png", partition)
+    return partition.boundaries, {
         "adaptive": True,
-        "cost_adaptive": division.cost,
-        "cost_uniform": division.uniform_cost,
+        "cost_adaptive": partition.cost,
+        "cost_uniform": partition.uniform_cost,
     }
 
 

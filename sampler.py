@@ -184,21 +184,15 @@ class Sampler:
     def fine_distances(self, params: Any, batch_size: int = 16) -> Float[np.ndarray, "m m"]:
         """Squared distances between the states of the fine trajectories, from which `adaptive` finds boundaries.
 
-        Euler steps uniform in t (docs/method.md, section 7). A boundary of the segments inside a step splits the step,
-        since the segment index changes there; the state at such a boundary is not among those compared.
-
         Raises:
           InputError: states that are not finite.
         """
-        uniform = np.linspace(1.0, 0.0, segments.FINE_STEPS + 1, dtype=np.float32)
-        times = np.union1d(uniform, np.float32(self.boundaries))[::-1]
-        fine = {"method": "pc", "predictor": "rf_solver", "num_scales": times.size - 1, "time_grid": times}
 
         def solve(sampler, params, indices):
-            xs = sampler.solve(params, sampler.noise(indices), save_trajectory=True, **fine).xs
-            return xs[np.isin(times, uniform)]
+            velocity = models.velocity_fn(sampler.model, params)
+            return adaptive.fine_trajectory(velocity, sampler.noise(indices), sampler.boundaries)
 
-        per_device = self.trajectories_per_device(batch_size, states=times.size)
+        per_device = self.trajectories_per_device(batch_size, states=segments.FINE_STEPS + len(self.boundaries))
         batches = self.map_noises("fine trajectories", solve, params, FINE_NOISES, per_device)
         # Exactly FINE_NOISES, so that neither memory nor the number of devices changes the result.
         return adaptive.squared_distances(
@@ -217,7 +211,7 @@ class Sampler:
             return self
         num_scales = self.options["num_scales"]
         # Raises here rather than after the trajectories.
-        adaptive.shares_of_steps(self.boundaries, num_scales, segments.FINE_STEPS)
+        adaptive.fine_step_spans(self.boundaries, num_scales, segments.FINE_STEPS)
         times = adaptive.adaptive_times(self.fine_distances(params), self.boundaries, num_scales)
         return dataclasses.replace(self, time_grid=times)
 

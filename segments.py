@@ -50,13 +50,7 @@ def label_of_t(t: Times) -> Times:
 
 
 def uniform_boundaries(k: int) -> Float[np.ndarray, "{k}+1"]:
-    """Boundaries 1 = b_0 > b_1 > ... > b_k = 0 of k >= 1 equal segments, in t.
-
-    Raises:
-      ValueError: k < 1.
-    """
-    if k < 1:
-        raise ValueError(f"the number of segments must be at least 1, got k = {k}")
+    """Boundaries 1 = b_0 > b_1 > ... > b_k = 0 of k >= 1 equal segments, in t."""
     return np.linspace(1.0, 0.0, k + 1, dtype=np.float32)
 
 

@@ -61,16 +61,16 @@ def check_solver(velocity, z, k: int) -> bool:
 
 def check_adaptive(sampler: Sampler, params, distances, k: int) -> bool:
     """Prints both sequential straightnesses on noises that the boundaries were not chosen on; True if it fell."""
-    division = adaptive.best_division(distances, k)
+    partition = adaptive.best_partition(distances, k)
     others = Sampler(sampler.model, sampler.boundaries, sampler.image_shape, sampler.options, sampler.seed + 1)
     measured = {
         name: evaluation.trajectory_metrics(others, params, boundaries, NOISES, NOISES).sequential_straightness
-        for name, boundaries in (("uniform", segments.uniform_boundaries(k)), ("adaptive", division.boundaries))
+        for name, boundaries in (("uniform", segments.uniform_boundaries(k)), ("adaptive", partition.boundaries))
     }
     good = measured["adaptive"] <= measured["uniform"]
     print(
         f"k = {k}: sequential straightness uniform {measured['uniform']:.4g}, adaptive {measured['adaptive']:.4g} with "
-        f"boundaries {np.round(division.boundaries.astype(float), 3).tolist()}" + ("" if good else "   MISSED"),
+        f"boundaries {np.round(partition.boundaries.astype(float), 3).tolist()}" + ("" if good else "   MISSED"),
         flush=True,
     )
     return good

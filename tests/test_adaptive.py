@@ -1,12 +1,12 @@
-"""SeqRF-Ada against divisions known by construction, brute force over all divisions, and direct sums over pixels."""
+"""SeqRF-Ada against partitions known by construction, brute force over all partitions, and direct sums over pixels."""
 
 import itertools
 import time
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
-from matplotlib import image
 
 import adaptive
 import segments
@@ -39,11 +39,34 @@ def piece_cost(xs, i, j):
 
 
 def brute_force(xs, k, shortest):
-    """The smallest cost over every division into k pieces of at least `shortest` steps."""
+    """The smallest cost over every partition into k pieces of at least `shortest` steps."""
     fine = len(xs) - 1
     cost = {(i, j): piece_cost(xs, i, j) for i in range(fine) for j in range(i + shortest, fine + 1)}
-    divisions = ((0, *inner, fine) for inner in itertools.combinations(range(1, fine), k - 1))
-    return min(sum(cost.get(edge, np.inf) for edge in itertools.pairwise(path)) for path in divisions)
+    partitions = ((0, *inner, fine) for inner in itertools.combinations(range(1, fine), k - 1))
+    return min(sum(cost.get(edge, np.inf) for edge in itertools.pairwise(path)) for path in partitions)
+
+
+@pytest.mark.parametrize("boundaries", [(1, 0), (1, 0.5, 0), (1, 0.7003, 0.3331, 0)], ids=str)
+def test_fine_trajectory_is_500_euler_steps_split_at_the_boundaries(boundaries):
+    boundaries = np.float32(boundaries)
+
+    def slope(x, t, index):
+        return np.float32(2) * x * np.float32(t) - 3 * index
+
+    def velocity(x, t, index):
+        return 2 * x * t[:, None] - 3 * index[:, None].astype(x.dtype)
+
+    z = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    xs = np.asarray(jax.jit(lambda z: adaptive.fine_trajectory(velocity, z, boundaries))(z))
+    assert xs.shape == (501, 4, 3)
+    x, states = z.astype(np.float64), [z]
+    for t, t_next in itertools.pairwise(np.linspace(1, 0, 501)):
+        cuts = [t, *(b for b in boundaries.tolist() if t_next + 1e-6 < b < t - 1e-6), t_next]
+        for start, end in itertools.pairwise(cuts):
+            index = np.searchsorted(-boundaries, -(start - 1e-6)) - 1
+            x = x + (1 - segments.EPS) * (start - end) * slope(x, start, index)
+        states.append(x)
+    np.testing.assert_allclose(xs, states, atol=1e-4)
 
 
 @pytest.mark.parametrize("kinks", [(37,), (20, 173), (9, 30, 141)])
@@ -55,8 +78,8 @@ def test_kinks_at_uneven_times_become_the_boundaries(kinks):
     expected = (1 - np.array([0, *kinks, fine]) / fine).astype(np.float32)
     assert boundaries.dtype == np.float32
     np.testing.assert_array_equal(boundaries, expected)
-    division = adaptive.best_division(adaptive.squared_distances([xs]), k)
-    assert division.cost < 1e-6 < 1 < division.uniform_cost
+    partition = adaptive.best_partition(adaptive.squared_distances([xs]), k)
+    assert partition.cost < 1e-6 < 1 < partition.uniform_cost
 
 
 def test_cost_matrix_is_the_definition():
@@ -68,14 +91,14 @@ def test_cost_matrix_is_the_definition():
 
 
 @pytest.mark.parametrize(("fine", "k"), [(8, 1), (17, 2), (24, 3), (24, 4), (15, 5), (9, 9)])
-def test_equals_brute_force_over_all_divisions(fine, k):
+def test_equals_brute_force_over_all_partitions(fine, k):
     for seed in range(3):
         xs = wandering(fine, seed=seed)
-        division = adaptive.best_division(adaptive.squared_distances([xs]), k)
-        assert division.cost == pytest.approx(brute_force(xs, k, 1), rel=1e-9, abs=1e-9)
-        path = np.rint((1 - division.boundaries) * fine).astype(int)
+        partition = adaptive.best_partition(adaptive.squared_distances([xs]), k)
+        assert partition.cost == pytest.approx(brute_force(xs, k, 1), rel=1e-9, abs=1e-9)
+        path = np.rint((1 - partition.boundaries) * fine).astype(int)
         chosen = sum(piece_cost(xs, i, j) for i, j in itertools.pairwise(path))
-        assert chosen == pytest.approx(division.cost, rel=1e-9, abs=1e-9)
+        assert chosen == pytest.approx(partition.cost, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("shortest", [2, 4, 6])
@@ -89,7 +112,7 @@ def test_path_with_a_shortest_edge_equals_brute_force(shortest):
 
 
 def test_no_segment_is_shorter_than_one_percent():
-    # Both kinks lie within 1 % of the time: the best free division would cut at 2 and at 4 of 500.
+    # Both kinks lie within 1 % of the time: the best free partition would cut at 2 and at 4 of 500.
     xs = kinked((2, 4), 500)
     path = np.rint((1 - adaptive.adaptive_boundaries(xs, 3)) * 500).astype(int)
     assert np.diff(path).min() == 5
@@ -169,22 +192,16 @@ def test_every_fine_step_may_be_a_step():
     assert adaptive.cost_curve(distances, times).cost == pytest.approx(0, abs=1e-9)
 
 
-def test_what_cannot_be_divided_is_refused():
+def test_invalid_numbers_of_segments_or_steps_and_trajectories_are_errors():
     xs = wandering(10)
     distances = adaptive.squared_distances([xs])
     for k in (0, 11):
         with pytest.raises(InputError, match=r"do not fit: use training\.reflow_t from 1 to 10"):
             adaptive.adaptive_boundaries(xs, k)
-    with pytest.raises(ValueError, match="do not fit"):
-        adaptive.cheapest_path(adaptive.cost_matrix(distances), 11)
     with pytest.raises(InputError, match=r"0's 6 of num_scales = 11 .* do not fit into its 5 of 10 .*lower model"):
         adaptive.adaptive_times(distances, segments.uniform_boundaries(2), 11)
     with pytest.raises(ValueError, match="cannot cover"):
         adaptive.adaptive_times(distances, segments.uniform_boundaries(2), 1)
-    with pytest.raises(ValueError, match="no trajectory"):
-        adaptive.squared_distances([])
-    with pytest.raises(ValueError, match="cannot be averaged"):
-        adaptive.squared_distances([xs, wandering(9)])
     for shape in [(1, 4, 2), (3, 0, 2)]:
         with pytest.raises(ValueError, match="fine trajectory is"):
             adaptive.adaptive_boundaries(np.zeros(shape, np.float32), 1)
@@ -195,12 +212,12 @@ def test_what_cannot_be_divided_is_refused():
             adaptive.adaptive_boundaries(broken, 2)
 
 
-def test_steps_that_cannot_be_placed_are_told_before_any_trajectory():
-    assert adaptive.shares_of_steps(segments.uniform_boundaries(2), 500, 500) == [(0, 250, 250), (250, 500, 250)]
+def test_fine_step_spans_need_no_trajectory_and_refuse_steps_that_do_not_fit():
+    assert adaptive.fine_step_spans(segments.uniform_boundaries(2), 500, 500) == [(0, 250, 250), (250, 500, 250)]
     with pytest.raises(InputError, match="1000 of num_scales = 1000"):
-        adaptive.shares_of_steps(segments.uniform_boundaries(1), 1000, 500)
+        adaptive.fine_step_spans(segments.uniform_boundaries(1), 1000, 500)
     with pytest.raises(InputError, match=r"segment 3's 10 of .* do not fit into its 5 of 500"):
-        adaptive.shares_of_steps(np.float32([1, 0.7, 0.3, 0.01, 0]), 40, 500)
+        adaptive.fine_step_spans(np.float32([1, 0.7, 0.3, 0.01, 0]), 40, 500)
 
 
 def test_full_size_trajectory_in_seconds_and_little_memory():
@@ -221,10 +238,3 @@ def test_full_size_trajectory_in_seconds_and_little_memory():
     assert peak < 0.5 * xs.nbytes
     # The bend decays exponentially from the noise on, so the pieces grow towards the data.
     assert np.all(np.diff(-np.diff(boundaries)) > 0)
-
-
-def test_picture_is_written(tmp_path):
-    division = adaptive.best_division(adaptive.squared_distances([kinked((9, 30, 41), 50)]), 3)
-    adaptive.draw_division(tmp_path / "division.png", division)
-    assert image.imread(tmp_path / "division.png").std() > 0.01
-    assert [path.name for path in tmp_path.iterdir()] == ["division.png"]

@@ -158,9 +158,9 @@ def test_a_kink_is_found_where_it_is_whatever_the_segments_are(monkeypatch):
         params = {"slopes": np.repeat(slopes(2)["slopes"], heads, axis=1)}  # all heads alike
         distances = tested.fine_distances(params)
         assert distances.shape == (501, 501)
-        division = adaptive.best_division(distances, 2)
-        np.testing.assert_allclose(division.boundaries, [1.0, 0.62, 0.0], atol=1e-6)
-        assert division.cost < 1e-6 < division.uniform_cost
+        partition = adaptive.best_partition(distances, 2)
+        np.testing.assert_allclose(partition.boundaries, [1.0, 0.62, 0.0], atol=1e-6)
+        assert partition.cost < 1e-6 < partition.uniform_cost
 
 
 def test_fine_states_are_uniform_in_time_and_every_segment_has_its_head(monkeypatch):

@@ -298,19 +298,19 @@ def test_straightness_over_other_segments_than_the_trajectory_was_solved_in():
     assert float(measured.sequential) == pytest.approx(quadrature_straightness(z, other), rel=0.01)
 
 
-def test_straightness_is_the_cost_that_the_adaptive_division_minimises():
+def test_straightness_is_the_cost_that_the_adaptive_partition_minimises():
     z = noise()
     run = solved(gaussian_velocity, z, (1, 0), save_trajectory=True, method="pc", num_scales=200)
     distances = adaptive.squared_distances([run.xs])
-    division = adaptive.best_division(distances, 3)
+    partition = adaptive.best_partition(distances, 3)
     for boundaries, cost in [
-        (division.boundaries, division.cost),
-        (segments.uniform_boundaries(3), division.uniform_cost),
+        (partition.boundaries, partition.cost),
+        (segments.uniform_boundaries(3), partition.uniform_cost),
     ]:
         measured = measured_straightness(run.ts, run.xs, boundaries)
         assert float(measured.sequential) == pytest.approx(cost, rel=1e-3)
-    assert division.cost < division.uniform_cost
-    assert quadrature_straightness(z, division.boundaries) < quadrature_straightness(z, (1, 2 / 3, 1 / 3, 0))
+    assert partition.cost < partition.uniform_cost
+    assert quadrature_straightness(z, partition.boundaries) < quadrature_straightness(z, (1, 2 / 3, 1 / 3, 0))
 
 
 # --- piecewise straight flows -----------------------------------------------------------------------------------------

@@ -45,8 +45,3 @@ def test_grid_of_times_finds_each_steps_segment():
 def test_boundaries_that_do_not_decrease_from_one_to_zero_are_refused(wrong):
     with pytest.raises(ValueError, match="boundaries must"):
         segments.validate_boundaries(wrong)
-
-
-def test_no_segment_is_an_error():
-    with pytest.raises(ValueError, match="k = 0"):
-        segments.uniform_boundaries(0)
