@@ -6,7 +6,7 @@
 # the commands. Run again, it skips what is finished; killed, it goes on where it was.
 #
 # Environment: NFES="1 2 4", the columns; TEACHER=runs/digits/1_rf, a trained 1-RF in place of one for each seed;
-# NOISES, REFLOW, DISTILL, LONG: the sizes below.
+# NOISES, REFLOW, DISTILL, LONG: the sizes below; COMPARED=512, noises behind the distance.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
@@ -30,10 +30,10 @@ train() { # train FOLDER STAGE UPDATES OVERRIDE...
     job train "$1" --config.training.n_iters="$3" --config.training.snapshot_freq="$3" "${@:4}"
 }
 
-evaluate() { # evaluate FOLDER NFE OVERRIDE...
+evaluate() { # evaluate FOLDER NFE STEP OVERRIDE...: the checkpoint of update STEP
   compgen -G "$1/euler_$2/step_*/metrics.json" > /dev/null ||
-    job eval "$1" --eval_folder="euler_$2" --config.model.num_scales="$2" --config.eval.teacher="$teacher" "${euler[@]}" \
-      "${@:3}"
+    job eval "$1" --eval_folder="euler_$2" --config.eval.begin_step="$3" --config.model.num_scales="$2" "${euler[@]}" \
+      --config.eval.teacher="$teacher" --config.eval.straightness_samples="${COMPARED:-512}" "${@:4}"
 }
 
 euler=(--config.sampling.method=pc --config.sampling.predictor=rf_solver)
@@ -54,13 +54,13 @@ distil() { # distil K M NAME UPDATES OVERRIDE...: k-SeqRF to m Euler steps a seg
   ln -sfn "../k$1/samples" "$folder/samples"
   train "$folder" "2_distill$([ "$2" -eq 1 ] || echo "_$2")" "$4" "${steps[@]}" "${distill_options[@]}" \
     --config.training.import_flax="$base/k$1/2_rf" "${@:5}"
-  evaluate "$folder" $(($1 * $2)) "${steps[@]}" --config.eval.reflow_mode=eval_distill
+  evaluate "$folder" $(($1 * $2)) "$4" "${steps[@]}" --config.eval.reflow_mode=eval_distill
 }
 
 compare() { # compare K M: every recipe of k segments and m steps a segment
   local nfe=$(($1 * $2))
   train_student "$1"
-  evaluate "$base/k$1" "$nfe" --config.training.reflow_t="$1"
+  evaluate "$base/k$1" "$nfe" "$reflow" --config.training.reflow_t="$1"
   distil "$1" "$2" distill "$distill"
   [ "$nfe" -gt 1 ] || return 0
   distil "$1" "$2" distill_long "$long"
