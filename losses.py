@@ -221,7 +221,7 @@ def on_policy_pairs(
     for step in range(num_steps - 1):
         count = _most_beyond(step, len(states), num_steps)
         x = x.at[:count].set(_euler_step(velocity, x[:count], grid, step, steps_to_take[:count] > step))
-    index = grid.head[start]
+    index = grid.segment[start]
     t_start, t_end, t = boundaries[index], boundaries[index + 1], grid.t_from[start]
     return {
         "x0": jax.vmap(lambda rows, segment: rows[segment + 1])(states, index),
@@ -242,7 +242,7 @@ def _most_beyond(step: int, n: int, num_steps: int) -> int:
 def _euler_step(velocity, x, grid, step, goes_on):
     tau, tau_next = segments.tau_of_t(grid.t_from[step]), segments.tau_of_t(grid.t_to[step])
     t = jnp.full(x.shape[:1], segments.t_of_tau(tau))  # the sampler's rounding
-    moved = x + (tau_next - tau) * velocity(x, t, jnp.full(x.shape[:1], grid.head[step]))
+    moved = x + (tau_next - tau) * velocity(x, t, jnp.full(x.shape[:1], grid.segment[step]))
     return jnp.where(_per_image(goes_on), moved, x)
 
 
