@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import logging
 import os
 import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import tqdm
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 import datasets
 from tfgan_compat import tensorflow_gan
@@ -28,7 +28,7 @@ from utils import InputError, write_arrays
 logger = logging.getLogger("seqrf")
 
 MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
-DIGITS_TRAINED_ON = 1500  # the other 297 digits are held out to test the classifier
+DIGITS_TRAINED_ON = 1500  # the classifier is tested on the other 297
 INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"  # as in TF-GAN, whose import takes seconds
 HUB_SECONDS = 8  # to wait for TF-Hub's answer before saying that it cannot be reached
 
@@ -38,8 +38,8 @@ class FeatureNetwork:
     """A network whose features stand for what an image shows.
 
     Attributes:
-      name: 'inception' or 'digits_classifier'.
-      identity: everything that decides its features, for the keys of caches.
+      name: 'inception', 'digits_classifier' or '<set>_<size>_classifier'.
+      identity: everything that its features depend on, for the keys of caches and the record in metrics.json.
       features_and_logits: uint8 images [n, h, w, c] to float32 ([n, d], [n, classes]), as NumPy arrays.
     """
 
@@ -49,19 +49,19 @@ class FeatureNetwork:
 
 
 def feature_network(data, inception_path: str, cache_dir=None) -> FeatureNetwork:
-    """The network that judges samples of `config.data`: the digits classifier for digits, Inception for photographs.
+    """The network whose features samples of `config.data` are compared in.
+
+    Inception for photographs; for grey images a classifier of the set's own labels.
 
     Args:
       data: `config.data`.
       inception_path: folder of a SavedModel of Inception; 'none' for TF-GAN's handle on TF-Hub.
-      cache_dir: where the trained classifier is kept; None for `cache_folder()`.
+      cache_dir: where a trained classifier is kept; None for `cache_folder()`.
 
     Raises:
-      InputError: there is no Inception to be had, or it is not one; within seconds.
+      InputError: Inception is not available, or not valid, within seconds; or as `label_classifier`.
     """
-    if data.dataset == "digits":
-        return digits_classifier(cache_dir)
-    return inception(inception_path)
+    return label_classifier(data, cache_dir) if data.num_channels == 1 else inception(inception_path)
 
 
 def real_features(
@@ -132,75 +132,137 @@ def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> d
     return arrays
 
 
-# ---- the digits classifier
+# ---- classifiers of labelled sets
 
 
-class DigitsClassifier(nn.Module):
-    """A small convolutional network: images [n, 8, 8, 1] in [0, 1] to features [n, 64] in (-1, 1), logits [n, 10]."""
+@dataclasses.dataclass(frozen=True)
+class ClassifierRecipe:
+    """The architecture and the training of a label classifier.
+
+    Attributes:
+      widths: channels of the 3 x 3 convolutions; every one but the first halves the resolution.
+      features: width of the layer whose values are compared.
+      epochs, batch_size, learning_rate: of Adam with a cosine schedule on the cross entropy.
+    """
+
+    widths: tuple[int, ...]
+    features: int
+    epochs: int
+    batch_size: int = 100
+    learning_rate: float = 2e-3
+
+
+DIGITS_RECIPE = ClassifierRecipe(widths=(16, 32), features=64, epochs=20)
+RECIPE = ClassifierRecipe(widths=(32, 64), features=128, epochs=6)
+
+
+class LabelClassifier(nn.Module):
+    """A small convolutional network: images [n, h, w, c] in [0, 1] to features in (-1, 1) and logits."""
+
+    widths: tuple[int, ...]
+    features: int
+    classes: int
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n 8 8 1"]) -> tuple[Float[Array, "n 64"], Float[Array, "n 10"]]:
-        x = nn.relu(nn.Conv(16, (3, 3))(images))
-        x = nn.relu(nn.Conv(32, (3, 3), strides=(2, 2))(x))
-        features = nn.tanh(nn.Dense(64)(x.reshape(len(x), -1)))
-        return features, nn.Dense(10)(features)
+    def __call__(self, images: Float[Array, "n h w c"]) -> tuple[Float[Array, "n features"], Float[Array, "n classes"]]:
+        x = nn.relu(nn.Conv(self.widths[0], (3, 3))(images))
+        for width in self.widths[1:]:
+            x = nn.relu(nn.Conv(width, (3, 3), strides=(2, 2))(x))
+        features = nn.tanh(nn.Dense(self.features)(x.reshape(len(x), -1)))
+        return features, nn.Dense(self.classes)(features)
 
 
-def digits_classifier(cache_dir=None) -> FeatureNetwork:
-    """The classifier of scikit-learn's digits, trained on first use (seconds) with a fixed seed and then kept.
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """uint8 images [n, h, w, c] and their classes [n], which a classifier is trained or tested on."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, "n"]
+
+
+def label_classifier(data, cache_dir=None) -> FeatureNetwork:
+    """The classifier of a labelled data set at its image size, trained on first use with a fixed seed and then cached.
 
     It is trained and run on the CPU, whatever JAX's default device, so that figures of several machines compare.
 
     Args:
+      data: `config.data`, which names the set.
       cache_dir: where its weights are kept; None for `cache_folder()`.
+
+    Raises:
+      InputError: the data set cannot be read, or has no labels or no test images.
     """
-    images, labels = _shuffled_digits()
-    how = [inspect.getsource(part) for part in (DigitsClassifier, _trained_digits_classifier, _shuffled_digits)]
-    data = [hashlib.sha256(array.tobytes()).hexdigest() for array in (images, labels)]
-    key = _key("digits_classifier", how, data, jax.__version__, flax.__version__, optax.__version__)
-    path = _folder(cache_dir) / f"digits_classifier_{key}.npz"
-    params = _unflatten(_cached(path, lambda: _flatten(_trained_digits_classifier(images, labels))))
+    is_digits = data.dataset == "digits"
+    name = "digits_classifier" if is_digits else f"{data.dataset.lower()}_{data.image_size}_classifier"
+    recipe, source = DIGITS_RECIPE if is_digits else RECIPE, datasets.image_source(data)
+    key = _key(name, recipe, source.identity, jax.__version__, flax.__version__, optax.__version__)
 
+    def train_and_test():
+        train, test = _shuffled_digits() if is_digits else _labelled_splits(data)
+        logger.info("training %s on %d images", name, len(train.images))
+        model = LabelClassifier(recipe.widths, recipe.features, int(train.labels.max()) + 1)
+        params = train_classifier(model, train, recipe)
+        _, logits = _classifier_function(model, params)(test.images)
+        return flax.traverse_util.flatten_dict(params, sep="/") | {
+            "test_accuracy": np.mean(logits.argmax(axis=1) == test.labels)
+        }
+
+    arrays = _cached(_folder(cache_dir) / f"{name}_{key}.npz", train_and_test)
+    accuracy = float(arrays.pop("test_accuracy"))
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    logger.info("feature network: %s, test accuracy %.4f", name, accuracy)
+    model = LabelClassifier(recipe.widths, recipe.features, params["Dense_1"]["bias"].size)
+    return FeatureNetwork(name, f"{key}, test accuracy {accuracy:.4f}", _classifier_function(model, params))
+
+
+def _classifier_function(model: LabelClassifier, params) -> Callable:
     @jax.jit
-    def apply(batch):
-        return DigitsClassifier().apply({"params": params}, batch / jnp.float32(255))
+    def apply(images):
+        return model.apply({"params": params}, images / jnp.float32(255))
 
-    def features_and_logits(images: UInt8[np.ndarray, "n 8 8 1"]):
+    def features_and_logits(images: UInt8[np.ndarray, "n h w c"]):
         with _on_cpu():
             return _in_batches(apply, images, 500)
 
-    return FeatureNetwork("digits_classifier", key, features_and_logits)
+    return features_and_logits
 
 
-def _shuffled_digits():
-    """The digits in a fixed random order; the classifier is trained on the first `DIGITS_TRAINED_ON`."""
+def _labelled_splits(data) -> tuple[LabelledImages, LabelledImages]:
+    sources = [datasets.image_source(data, split) for split in ("train", "test")]
+    train, test = (LabelledImages(source.read(0, source.size), source.labels()) for source in sources)
+    return train, test
+
+
+def _shuffled_digits() -> tuple[LabelledImages, LabelledImages]:
+    """The digits in a fixed random order: the first DIGITS_TRAINED_ON, and the rest, which are not trained on."""
     images, labels = datasets.digits()
     order = np.random.default_rng(0).permutation(len(images))
-    return images[order], labels[order]
+    train, test = np.split(order, [DIGITS_TRAINED_ON])
+    return LabelledImages(images[train], labels[train]), LabelledImages(images[test], labels[test])
 
 
-def _trained_digits_classifier(images, labels, epochs=20, batch_size=100):
-    """Parameters of `DigitsClassifier` after Adam with a cosine schedule on the cross entropy."""
-    images, labels = images[:DIGITS_TRAINED_ON] / np.float32(255), labels[:DIGITS_TRAINED_ON]
-    model, steps = DigitsClassifier(), epochs * DIGITS_TRAINED_ON // batch_size
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: ClassifierRecipe) -> Any:
+    """Parameters of `model` trained on `data`; the same for the same arguments and machine."""
+    count = len(data.images)
+    batches = count // recipe.batch_size
+    optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.epochs * batches))
 
-    def loss(params, batch, classes):
-        _, logits = model.apply({"params": params}, batch)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+    def loss(params, images, labels):
+        _, logits = model.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step(params, state, batch, classes):
-        updates, state = optimizer.update(jax.grad(loss)(params, batch, classes), state)
+    def step(params, state, images, labels):
+        updates, state = optimizer.update(jax.grad(loss)(params, images, labels), state)
         return optax.apply_updates(params, updates), state
 
     order = np.random.default_rng(0)
     with _on_cpu():
-        params = model.init(jax.random.key(0), jnp.asarray(images[:1]))["params"]
+        params = model.init(jax.random.key(0), data.images[:1] / np.float32(255))["params"]
         state = optimizer.init(params)
-        for _ in range(epochs):
-            for batch in order.permutation(DIGITS_TRAINED_ON).reshape(-1, batch_size):
-                params, state = step(params, state, images[batch], labels[batch])
+        for _ in tqdm.trange(recipe.epochs, desc="training a classifier", unit="epoch", leave=False, disable=None):
+            for batch in order.permutation(count)[: batches * recipe.batch_size].reshape(batches, -1):
+                params, state = step(params, state, data.images[batch] / np.float32(255), data.labels[batch])
     return jax.device_get(params)
 
 
@@ -210,14 +272,6 @@ def _on_cpu():
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
         return contextlib.nullcontext()
-
-
-def _flatten(params) -> dict[str, np.ndarray]:
-    return flax.traverse_util.flatten_dict(params, sep="/")
-
-
-def _unflatten(arrays: dict[str, np.ndarray]):
-    return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def _in_batches(apply, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,31 +16,63 @@ import features
 from tfgan_compat import tensorflow_gan
 from utils import InputError
 
-# ---- the digits classifier
+# ---- classifiers of labelled sets
+
+DIGITS = ml_collections.ConfigDict({"dataset": "digits", "image_size": 8, "num_channels": 1})
 
 
 @pytest.fixture(scope="module")
 def classifier_cache(tmp_path_factory):
-    """A cache folder that holds the trained classifier."""
+    """A cache folder that holds the trained classifier of the digits."""
     folder = tmp_path_factory.mktemp("cache")
-    features.digits_classifier(folder)
+    features.label_classifier(DIGITS, folder)
     return folder
 
 
-def test_the_classifier_knows_digits_that_it_has_not_seen(classifier_cache):
-    network = features.digits_classifier(classifier_cache)
-    images, labels = features._shuffled_digits()
-    held_out = slice(features.DIGITS_TRAINED_ON, None)
-    found, logits = network.features_and_logits(images[held_out])
+def test_the_classifier_recognizes_digits_that_it_was_not_trained_on(classifier_cache):
+    network = features.label_classifier(DIGITS, classifier_cache)
+    _, test = features._shuffled_digits()
+    found, logits = network.features_and_logits(test.images)
+    assert network.name == "digits_classifier"
     assert found.shape == (297, 64)
     assert logits.shape == (297, 10)
     assert found.dtype == logits.dtype == np.float32
-    assert np.mean(logits.argmax(1) == labels[held_out]) >= 0.97
+    accuracy = np.mean(logits.argmax(1) == test.labels)
+    assert accuracy >= 0.97
+    assert network.identity.endswith(f"test accuracy {accuracy:.4f}")
     assert (found.std(0) > 0.01).all()
 
 
+def test_any_labelled_grey_set_has_a_classifier_of_its_test_accuracy(tmp_path, monkeypatch, caplog):
+    images, labels = datasets.digits()
+    images = np.kron(images, np.ones((1, 2, 2, 1), np.uint8))  # 16 x 16, read as a set with two splits
+    split = {"train": slice(0, 1400), "test": slice(1400, None)}
+
+    def source(data, name="train"):
+        return datasets.ArraySource("zoomed", images[split[name]], labels[split[name]])
+
+    monkeypatch.setattr(datasets, "image_source", source)
+    zoomed = ml_collections.ConfigDict({"dataset": "ZOOMED", "image_size": 16, "num_channels": 1})
+    with caplog.at_level("INFO", "seqrf"):
+        network = features.feature_network(zoomed, "none", tmp_path)
+    assert network.name == "zoomed_16_classifier"
+    found, logits = network.features_and_logits(images[split["test"]])
+    assert found.shape == (397, features.RECIPE.features)
+    accuracy = np.mean(logits.argmax(1) == labels[split["test"]])
+    assert accuracy >= 0.9
+    assert f"zoomed_16_classifier, test accuracy {accuracy:.4f}" in caplog.text
+    again = features.train_classifier(
+        features.LabelClassifier(features.RECIPE.widths, features.RECIPE.features, 10),
+        features.LabelledImages(images[split["train"]], labels[split["train"]]),
+        features.RECIPE,
+    )
+    (path,) = tmp_path.glob("zoomed_16_classifier_*.npz")
+    with np.load(path) as kept:
+        np.testing.assert_array_equal(kept["Dense_1/kernel"], again["Dense_1"]["kernel"])
+
+
 def test_the_classifiers_distance_grows_with_the_damage_to_the_images(classifier_cache):
-    network = features.digits_classifier(classifier_cache)
+    network = features.label_classifier(DIGITS, classifier_cache)
     images = datasets.digits()[0]
     noise = np.random.default_rng(0).normal(size=images.shape)
     real = network.features_and_logits(images)[0]
@@ -54,7 +86,7 @@ def test_the_classifiers_distance_grows_with_the_damage_to_the_images(classifier
 
 
 def test_the_classifier_does_not_depend_on_how_images_are_batched(classifier_cache):
-    network = features.digits_classifier(classifier_cache)
+    network = features.label_classifier(DIGITS, classifier_cache)
     images = datasets.digits()[0]
     whole = network.features_and_logits(images[:700])[0]
     parts = [network.features_and_logits(images[start:stop])[0] for start, stop in [(0, 3), (3, 600), (600, 700)]]
@@ -65,10 +97,10 @@ def test_the_classifier_is_read_back_and_a_damaged_one_is_trained_again_to_the_s
     (path,) = classifier_cache.glob("*")
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    network = features.digits_classifier(classifier_cache)
+    network = features.label_classifier(DIGITS, classifier_cache)
     assert path.read_bytes() == whole
-    monkeypatch.setattr(features, "_flatten", None)  # what is trained goes through here; what is read does not
-    again = features.digits_classifier(classifier_cache)
+    monkeypatch.setattr(features, "train_classifier", None)
+    again = features.label_classifier(DIGITS, classifier_cache)
     images = datasets.digits()[0][:20]
     for x, y in zip(again.features_and_logits(images), network.features_and_logits(images), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -158,7 +190,7 @@ def tiny_inception(tmp_path_factory):
     return str(folder)
 
 
-PHOTOGRAPHS = ml_collections.ConfigDict({"dataset": "CIFAR10"})
+PHOTOGRAPHS = ml_collections.ConfigDict({"dataset": "CIFAR10", "num_channels": 3})
 
 
 def test_inception_from_a_folder(tiny_inception):
