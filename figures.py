@@ -1,31 +1,48 @@
-"""The pictures that every stage leaves behind: PNG files, drawn by matplotlib and Pillow, written atomically."""
+"""Every picture that a run leaves behind: PNG files, drawn by matplotlib and Pillow, written atomically."""
 
-import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 import adaptive
 import segments
-from utils import atomic_path, image_grid
+from utils import atomic_file
 
 
-def draw_images(path, images: Float[np.ndarray, "n h w c"]):
-    """One grid of images in [0, 1]; small ones are enlarged, so that a person can see them."""
+def image_grid(images: Float[np.ndarray, "n h w c"], padding: int = 1) -> np.ndarray:
+    """One picture, [rows (h + padding), columns (w + padding), 3] uint8, of n images in [0, 1], nearly square."""
+    n, h, w, c = images.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    grid = np.ones((rows * (h + padding), columns * (w + padding), c), np.float32)
+    for index, image in enumerate(np.asarray(images, np.float32)):
+        y, x = divmod(index, columns)
+        y, x = y * (h + padding), x * (w + padding)
+        grid[y : y + h, x : x + w] = image
+    grid = np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid
+    return (np.clip(grid, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def draw_images(path: epath.PathLike, images: Float[np.ndarray, "n h w c"]) -> None:
+    """One grid of images in [0, 1], the pixels of small ones enlarged."""
     from PIL import Image
 
     grid = image_grid(images)
     zoom = max(1, 512 // max(grid.shape[:2]))
-    buffer = io.BytesIO()
     picture = Image.fromarray(grid)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(buffer, format="PNG")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
 
 
-def draw_straightness(path, ts, curves: dict[str, np.ndarray], boundaries):
-    """Straightness against t, from noise to data: one curve of [n - 1] values between the n times for each name."""
+def draw_straightness(
+    path: epath.PathLike, ts: Float[np.ndarray, "n"], curves: dict[str, np.ndarray], boundaries: Iterable[float]
+) -> None:
+    """Straightness against t, from noise to data: for each name the curve of n - 1 values between the times."""
     figure, axes = _figure()
     for name, curve in curves.items():
         area = float(np.sum(curve * (ts[:-1] - ts[1:])))
@@ -37,12 +54,23 @@ def draw_straightness(path, ts, curves: dict[str, np.ndarray], boundaries):
     _save(figure, path)
 
 
-def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, count: int = 8):
-    """A few trajectories: a row of states for each image, and one pixel's path against t below them."""
+def draw_trajectories(
+    path: epath.PathLike,
+    ts: Float[np.ndarray, "n"],
+    xs: Float[np.ndarray, "n b h w c"],
+    unscale: Callable[[np.ndarray], np.ndarray],
+    count: int = 8,
+) -> None:
+    """A few trajectories: a row of states for each image, and the middle pixel's value against t below them.
+
+    Args:
+      xs: states in the model's range, which `unscale` maps to [0, 1].
+    """
     picked = np.linspace(0, len(ts) - 1, min(10, len(ts))).astype(int)
     count = min(count, xs.shape[1])
     figure, (top, bottom) = _figure(rows=2, size=(8, 8))
-    rows = np.pad(unscale(xs[picked][:, :count]).swapaxes(0, 1), _GAP, constant_values=1.0)
+    gap = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a white line below and beside each image
+    rows = np.pad(unscale(xs[picked][:, :count]).swapaxes(0, 1), gap, constant_values=1.0)
     tiles = rows.swapaxes(1, 2).reshape(count * rows.shape[2], len(picked) * rows.shape[3], rows.shape[4])
     top.imshow(np.repeat(tiles, 3, axis=-1) if tiles.shape[-1] == 1 else tiles, vmin=0, vmax=1)
     top.set(xticks=[], yticks=[], title="from noise (left) to data (right)")
@@ -52,10 +80,15 @@ def draw_trajectories(path, ts, xs: Float[np.ndarray, "n b h w c"], unscale, cou
     _save(figure, path)
 
 
-_GAP = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a white line below and beside each image
-
-
-def draw_pairs(path, x1, x0, segment, boundaries, unscale, count: int = 16):
+def draw_pairs(
+    path: epath.PathLike,
+    x1: Float[np.ndarray, "n h w c"],
+    x0: Float[np.ndarray, "n h w c"],
+    segment: Int[np.ndarray, "n"],
+    boundaries: Sequence[float] | np.ndarray,
+    unscale: Callable[[np.ndarray], np.ndarray],
+    count: int = 16,
+) -> None:
     """A few pairs of each segment, a row for each: grids of their start points x1 and of their end points x0.
 
     Args:
@@ -92,16 +125,16 @@ def draw_partition(path: epath.PathLike, partition: adaptive.Partition) -> None:
     _save(figure, path)
 
 
-def draw_loss(path, steps, losses):
-    """The training loss against updates, on logarithmic axes."""
+def draw_loss(path: epath.PathLike, steps: Sequence[int], losses: Sequence[float | None]) -> None:
+    """The training loss against updates, on a logarithmic axis."""
     figure, axes = _figure()
     axes.plot(steps, losses, linewidth=1)
     axes.set(xlabel="update", ylabel="loss", yscale="log")
     _save(figure, path)
 
 
-def draw_quality(path, curves: dict[str, tuple[list, list]], quality: str):
-    """A quality (FID) against NFE, one line or point for each name: {name: (nfe, quality)}."""
+def draw_quality(path: epath.PathLike, curves: dict[str, tuple[list, list]], quality: str) -> None:
+    """A distance such as the FID against NFE, one line or point for each name: {name: (nfe, distance)}."""
     figure, axes = _figure()
     for name, (nfe, values) in curves.items():
         axes.plot(nfe, values, marker="o", linewidth=1, label=name)
@@ -111,15 +144,13 @@ def draw_quality(path, curves: dict[str, tuple[list, list]], quality: str):
     _save(figure, path)
 
 
-def _figure(rows: int = 1, columns: int = 1, size=(7, 4.5)):
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 
-def _save(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+def _save(figure: Any, path: epath.PathLike) -> None:
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""Shared by everything: the error that users see, atomic and durable files on a disk or in a bucket, image grids."""
+"""Shared by everything: the error that users see, atomic and durable files on a disk or in a bucket."""
 
 import contextlib
 import errno
@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
 
 UNSUPPORTED_LINK = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 # TensorFlow's errors that have a counterpart among those of a disk.
@@ -127,17 +126,3 @@ def read_json(path: epath.PathLike, default: Any) -> Any:
         return json.loads(epath.Path(path).read_text())
     except (OSError, ValueError):
         return default
-
-
-def image_grid(images: Float[np.ndarray, "n h w c"], padding: int = 1) -> np.ndarray:
-    """One picture, [rows (h + padding), columns (w + padding), 3] uint8, of n images in [0, 1], nearly square."""
-    n, h, w, c = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    grid = np.ones((rows * (h + padding), columns * (w + padding), c), np.float32)
-    for place, image in enumerate(np.asarray(images, np.float32)):
-        y, x = divmod(place, columns)
-        y, x = y * (h + padding), x * (w + padding)
-        grid[y : y + h, x : x + w] = image
-    grid = np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid
-    return (np.clip(grid, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -3,7 +3,6 @@ import json
 import numpy as np
 
 import tracking
-from utils import image_grid
 
 
 def tracker(folder, **options):
@@ -53,16 +52,3 @@ def test_other_hosts_write_nothing(tmp_path):
     run.log(1, {"loss": 1.0})
     run.close()
     assert not any(tmp_path.iterdir())
-
-
-def test_grid_helper_is_what_pictures_show(tmp_path):
-    from PIL import Image
-
-    import figures
-
-    images = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
-    figures.draw_images(tmp_path / "grid.png", images)
-    shown = np.asarray(Image.open(tmp_path / "grid.png"))
-    grid = image_grid(images)
-    zoom = shown.shape[0] // grid.shape[0]
-    np.testing.assert_array_equal(shown[::zoom, ::zoom], grid)

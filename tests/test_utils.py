@@ -1,4 +1,4 @@
-"""Files that are whole or absent, local and remote, and image grids."""
+"""Files that are whole or absent, local and remote."""
 
 import errno
 import json
@@ -107,14 +107,3 @@ def test_arrays_have_the_same_bytes_every_time(tmp_path):
     with np.load(tmp_path / "a.npz") as file:
         for name, array in arrays.items():
             np.testing.assert_array_equal(file[name], array)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_image_grid_places_images_row_by_row(channels):
-    images = np.arange(3, dtype=np.float32)[:, None, None, None] / 2 * np.ones((3, 4, 5, channels), np.float32)
-    grid = utils.image_grid(images, padding=1)
-    assert grid.shape == (2 * 5, 2 * 6, 3)
-    assert grid.dtype == np.uint8
-    assert grid[:4, :5].max() == 0
-    assert np.all(grid[:4, 6:11] == 128)
-    assert np.all(grid[5:9, :5] == 255)
