@@ -1,7 +1,7 @@
 """Every picture that a run leaves behind: PNG files, drawn by matplotlib and Pillow, written atomically."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,10 @@ def draw_images(path: epath.PathLike, images: Float[np.ndarray, "n h w c"]) -> N
 
 
 def draw_straightness(
-    path: epath.PathLike, ts: Float[np.ndarray, "n"], curves: dict[str, np.ndarray], boundaries: Iterable[float]
+    path: epath.PathLike,
+    ts: Float[np.ndarray, "n"],
+    curves: dict[str, np.ndarray],
+    boundaries: Float[np.ndarray, "boundaries"],
 ) -> None:
     """Straightness against t, from noise to data: for each name the curve of n - 1 values between the times."""
     figure, axes = _figure()
@@ -85,7 +88,7 @@ def draw_pairs(
     x1: Float[np.ndarray, "n h w c"],
     x0: Float[np.ndarray, "n h w c"],
     segment: Int[np.ndarray, "n"],
-    boundaries: Sequence[float] | np.ndarray,
+    boundaries: Sequence[float],
     unscale: Callable[[np.ndarray], np.ndarray],
     count: int = 16,
 ) -> None:
@@ -144,7 +147,7 @@ def draw_quality(path: epath.PathLike, curves: dict[str, tuple[list, list]], qua
     _save(figure, path)
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)) -> tuple[Any, Any]:
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float | int, float | int] = (7, 4.5)) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

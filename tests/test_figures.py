@@ -43,7 +43,7 @@ def test_curves_are_labelled_with_their_integrals(tmp_path, monkeypatch):
     save = figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: (labels.extend(figure.axes), save(figure, path)))
     ts, curve = np.float32([1, 0.5, 0.2, 0]), np.float32([1, 2, 4])
-    figures.draw_straightness(tmp_path / "straightness.png", ts, {"straightness": curve}, [1, 0.5, 0])
+    figures.draw_straightness(tmp_path / "straightness.png", ts, {"straightness": curve}, np.float32([1, 0.5, 0]))
     assert [text.get_text() for text in labels[0].get_legend().get_texts()] == ["straightness: 1.9"]
     drawn(tmp_path / "straightness.png")
 
@@ -65,7 +65,7 @@ def test_trajectories_show_their_states_from_noise_to_data(tmp_path, monkeypatch
 def test_pairs_have_a_row_for_each_segment(tmp_path):
     x = np.random.default_rng(0).random((12, 4, 4, 1), np.float32)
     segment = np.repeat(np.arange(3), 4)
-    figures.draw_pairs(tmp_path / "pairs.png", x, x, segment, np.float32([1, 0.6, 0.3, 0]), lambda x: x)
+    figures.draw_pairs(tmp_path / "pairs.png", x, x, segment, (1.0, 0.6, 0.3, 0.0), lambda x: x)
     height, width, _ = drawn(tmp_path / "pairs.png").shape
     assert height == pytest.approx(width * 12 / 8, rel=0.01)
 
