@@ -15,6 +15,7 @@ over noises: trajectories are streamed and not kept.
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -82,11 +83,11 @@ def fine_trajectory(
       boundaries: [k + 1] in t, of the velocity's segments.
     """
     uniform = segments.uniform_boundaries(segments.FINE_STEPS)
-    times = np.union1d(uniform, np.float32(boundaries))[::-1]
+    times = np.union1d(uniform, np.asarray(boundaries, np.float32))[::-1]
     solved = sampling.solve(
         velocity, x, boundaries, method="pc", num_scales=times.size - 1, time_grid=times, save_trajectory=True
     )
-    return solved.xs[np.isin(times, uniform)]
+    return solved.xs[np.isin(times, uniform)]  # type: ignore[index]  # saved
 
 
 def squared_distances(
@@ -104,7 +105,8 @@ def squared_distances(
       ValueError: not a trajectory of at least two states.
       InputError: values that are not finite.
     """
-    gram, noises = None, 0
+    gram: Any = None
+    noises = 0
     for xs in batches:
         xs = np.asarray(xs)
         if xs.ndim < 2 or xs.shape[0] < 2 or xs.size == 0:

@@ -6,6 +6,7 @@ never unpickles. The formats are in docs/method.md, section 9.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -50,7 +51,7 @@ def fingerprint(params) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         leaf = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(leaf)
+        digest.update(leaf.data)
     return digest.hexdigest()[:16]
 
 
@@ -200,7 +201,7 @@ def load_weights(path, config) -> models.Weights:
     shapes = models.weight_shapes(models.create_model(config).clone(heads=metadata["k"]))
     for name in _TREES:
         _check_shapes(f"{path}: {name}", getattr(weights, name), shapes)
-    return weights.replace(**{name: models.expand_heads(getattr(weights, name), k) for name in _TREES})
+    return dataclasses.replace(weights, **{name: models.expand_heads(getattr(weights, name), k) for name in _TREES})
 
 
 def _check_same_network(path, saved: dict, wanted: dict, remedy: str):

@@ -233,7 +233,7 @@ def image_source(data, split: str = "train") -> ImageSource:
         the configuration says.
     """
     if data.dataset == "digits":
-        source = _digits_source(data, split)
+        source: ImageSource = _digits_source(data, split)
     elif data.dataset in TFDS_SETS:
         source = _tfds_source(data, split)
     else:

@@ -201,7 +201,8 @@ def sample_quality(
     Raises:
       InputError: the solver could not reach its tolerance.
     """
-    cost, features, logits, shown = Cost(), [], [], None
+    cost, features, logits = Cost(), [], []
+    shown: Any = None
     for x in sampler.samples(params, count, batch_size, cost):
         unit = datasets.unscale(x, centered)
         shown = unit if shown is None else shown

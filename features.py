@@ -124,12 +124,12 @@ def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> d
                 return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
         except Exception as error:  # there is nearly nothing that a damaged header cannot make np.load raise
             logger.warning("%s is damaged (%s) and is made again", path, error)
-    arrays = compute()
+    computed: dict[str, Any] = compute()
     try:
-        write_arrays(path, names=np.array(list(arrays)), **arrays)
+        write_arrays(path, names=np.array(list(computed)), **computed)
     except OSError as error:
         logger.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
-    return arrays
+    return computed
 
 
 # ---- classifiers of labelled sets

@@ -44,7 +44,7 @@ class Targets(NamedTuple):
     t: Float[Array, "b"]
     u: Float[Array, "b"]
     t_end: Float[Array, "b"]
-    index: Int[Array, "b"]
+    index: Int[Array, "b"]  # type: ignore[assignment]  # a tuple has a method of this name
     velocity: Float[Array, "b h w c"]
 
 
@@ -294,7 +294,7 @@ def make_loss(name: str, *, reduce_mean: bool = True, lpips: Callable | None = N
       lpips: as in `lpips_huber`, which needs it.
     """
 
-    if name == "lpips_huber":
+    if name == "lpips_huber" and lpips is not None:
         return lambda velocity, targets: jnp.mean(lpips_huber(velocity, targets, lpips))
     if name == "l2":
         return functools.partial(_mean_square, reduce_mean=reduce_mean)
@@ -480,7 +480,7 @@ def _positions(rows: int, device) -> Int[Array, "b"]:
 
 
 def _with_on_policy_pairs(velocity, batch, device, on_policy: OnPolicy | None):
-    if "states" not in batch:
+    if on_policy is None:
         return batch
     states = batch["states"]
     positions = _positions(len(states), device)

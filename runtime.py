@@ -69,7 +69,7 @@ def set_up_compilation_cache(folder: os.PathLike) -> None:
     """Keeps compiled programs in `folder`, unless the user has named another one."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -122,7 +122,8 @@ class Sampler:
 
         key = name, per_device, self.time_grid is None, tuple(sorted(self.options.items()))
         if key not in self._programs:
-            self._programs[key] = parallel.map_devices(on_device).lower(arguments, indices).compile()
+            program: Any = parallel.map_devices(on_device)
+            self._programs[key] = program.lower(arguments, indices).compile()
         starts = range(0, count, indices.size)
 
         def batches():

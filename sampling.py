@@ -239,11 +239,11 @@ def _ode_term(velocity, index):
 
 def _is_fsal(solver) -> bool:
     """Whether a step's last slope is the next step's first, and so costs nothing there."""
-    return isinstance(solver, diffrax.AbstractRungeKutta) and solver.tableau.fsal
+    return isinstance(solver, diffrax.AbstractRungeKutta) and solver.tableau.fsal  # type: ignore[union-attr]
 
 
 def _calls_per_step(solver) -> int:
-    stages = solver.tableau.num_stages if isinstance(solver, diffrax.AbstractRungeKutta) else 1
+    stages = solver.tableau.num_stages if isinstance(solver, diffrax.AbstractRungeKutta) else 1  # type: ignore[union-attr]
     return stages - _is_fsal(solver)
 
 

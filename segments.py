@@ -134,7 +134,7 @@ def step_grid_of_times(boundaries: TimesLike, ts: TimesLike) -> StepGrid:
     if not isinstance(ts, jax.core.Tracer):
         ts = validate_boundaries(ts)
         if not isinstance(boundaries, jax.core.Tracer):
-            missing = sorted({*np.float32(boundaries).tolist()} - {*ts.tolist()})
+            missing = sorted({*np.asarray(boundaries, np.float32).tolist()} - {*ts.tolist()})
             if missing:
                 raise ValueError(f"the step times lack the segment boundaries {missing}")
     ts, boundaries = jnp.asarray(ts, jnp.float32), jnp.asarray(boundaries, jnp.float32)

@@ -103,7 +103,7 @@ def atomic_file(path: epath.PathLike, *, overwrite: bool = True) -> Iterator[IO[
 def write_arrays(path: epath.PathLike, *, overwrite: bool = True, **arrays: np.ndarray) -> None:
     """Writes an uncompressed .npz as `atomic_file`; its bytes depend on the arrays alone."""
     with atomic_file(path, overwrite=overwrite) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # an array named allow_pickle is not ours
 
 
 def write_json(path: epath.PathLike, value: Any, *, overwrite: bool = True) -> None:

@@ -6,6 +6,7 @@ public PyTorch checkpoints. Modules are numbered `all_modules_<n>` in the order 
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ class NCSNpp(nn.Module):
 
     def _up(self, names, block, trunk: tuple[Array, list[Array]]) -> Array:
         h, skips = trunk
-        pyramid = None
+        pyramid: Any = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 h = block.resnet(jnp.concatenate([h, skips.pop()], axis=-1), mult * self.nf)

@@ -35,7 +35,7 @@ def filter_axis(x: Array, taps, axis: int, up: int, down: int, pad) -> Array:
     x = lax.pad(x, jnp.zeros((), x.dtype), padding)
     span = (x.shape[axis] - len(taps)) // down * down + 1
     reversed_taps = [float(tap) for tap in taps[::-1]]
-    return sum(tap * lax.slice_in_dim(x, a, a + span, down, axis) for a, tap in enumerate(reversed_taps))
+    return sum(tap * lax.slice_in_dim(x, a, a + span, down, axis) for a, tap in enumerate(reversed_taps))  # type: ignore[return-value]
 
 
 def filter_images(

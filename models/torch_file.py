@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import zipfile
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -41,7 +42,7 @@ def load(path: epath.Path):
 
     if not path.is_file():
         raise InputError("there is no such file")
-    stand_ins = [
+    stand_ins: list[Any] = [
         (_PlainDtype, "numpy.dtype"),
         (_plain_scalar, "numpy._core.multiarray.scalar"),
         (_plain_scalar, "numpy.core.multiarray.scalar"),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 from models.ncsnpp import NCSNpp
 from models.torch_layout import entries_of
@@ -94,7 +95,7 @@ def _told_options(shapes: Shapes, model: NCSNpp) -> dict:
     groups = _levels(modules, kind)
     levels = (len(groups) + 1) // 2
     resolutions = [model.image_size >> level for level in range(levels)]
-    told = {
+    told: dict[str, Any] = {
         "nf": nf,
         "channels": channels,
         "embedding_type": "fourier" if "fourier" in kinds else "positional",

@@ -179,7 +179,7 @@ def reopen_set(folder: epath.PathLike, broken: list[int]) -> None:
     folder = epath.Path(folder)
     for number in broken:
         (folder / npz.file_name(number)).unlink(missing_ok=True)
-    manifest = read_manifest(folder)
+    manifest: Any = read_manifest(folder)
     reopened = manifest | {"complete": False}
     if "contents" in manifest:
         names = set(map(npz.file_name, npz.pair_file_numbers(folder)))

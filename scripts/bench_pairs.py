@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -102,9 +103,15 @@ def take(iterator, batches: int) -> None:
         pass
 
 
+def copy_arrays(target: np.ndarray, *arrays: np.ndarray) -> None:
+    """Copies one array after another into `target`."""
+    for array in arrays:
+        np.copyto(target, array)
+
+
 def read_once(folder: Path, batches: int) -> None:
     """Opens the set and reads its first epoch, which verifies every file."""
-    iterator = reflow.PairSet(folder).batches(BATCH, seed=0)
+    iterator: Any = reflow.PairSet(folder).batches(BATCH, seed=0)
     take(iterator, batches)
     iterator.close()
 
@@ -120,7 +127,7 @@ def read_compressed(path: Path) -> None:
 
 def bench_files(report: Report, folder: Path, parts: list[str]) -> None:
     """Reading and writing."""
-    arrays = cifar_pairs()
+    arrays: dict[str, Any] = cifar_pairs()
     size = sum(array.nbytes for array in arrays.values())
     path, compressed = folder / "set" / npz.file_name(1), folder / "compressed.npz"
     plan = plan_of(
@@ -148,9 +155,9 @@ def bench_reading(report: Report, folder: Path, compressed: Path, arrays: dict[s
     """Reading. Every round times all of it in turn, and ratios are of one round: a busy moment slows all alike."""
     epoch, size = -(-PAIRS // BATCH), sum(array.nbytes for array in arrays.values())
     bytes_read, target = size * epoch * BATCH / PAIRS, np.empty_like(arrays["x1"])
-    iterator = reflow.PairSet(folder).batches(BATCH, seed=0)
+    iterator: Any = reflow.PairSet(folder).batches(BATCH, seed=0)
     jobs = {  # name: (what is timed, bytes)
-        "plain memory copy": (lambda: [np.copyto(target, arrays[name]) for name in ("x0", "x1")], size),
+        "plain memory copy": (lambda: copy_arrays(target, arrays["x0"], arrays["x1"]), size),
         "reading with the CRC check": (lambda: read_once(folder, epoch), bytes_read),
         "reading after it": (lambda: take(iterator, epoch), bytes_read),
         "compressed npz": (lambda: read_compressed(compressed), size),
@@ -180,7 +187,8 @@ def peak_memory_of_reader(folder: str, batches: str) -> None:
 
 def bench_memory(report: Report, folder: Path) -> None:
     """Peak memory of readers in processes of their own; the large set is one file under many names."""
-    arrays, peaks = cifar_pairs(), {}
+    arrays: dict[str, Any] = cifar_pairs()
+    peaks = {}
     first = folder / "memory_1" / npz.file_name(1)
     utils.write_arrays(first, **arrays)
     (folder / "memory_20").mkdir()
@@ -276,8 +284,8 @@ def main() -> int:
     parts, report = arguments.parts or PARTS, Report()
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}")
-    with tempfile.TemporaryDirectory(prefix="bench_pairs_") as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="bench_pairs_") as name:
+        folder = Path(name)
         if {"reading", "writing"} & set(parts):
             bench_files(report, folder, parts)
         if "memory" in parts:

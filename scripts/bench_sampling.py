@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +42,7 @@ class Case:
     """A network and how it is solved: sizes for which a solve takes a second or more on two CPU cores."""
 
     name: str
-    config: object
+    config: ModuleType
     batch: int
     steps: int
     tol: float

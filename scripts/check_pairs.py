@@ -64,8 +64,8 @@ def main() -> int:
     found = problems(folder, manifest, numbers)
     broken = [number for number, error in found.items() if isinstance(error, npz.BrokenFile)]
     missing = sorted(set(range(1, manifest["files"] + 1)) - set(numbers)) if manifest else []
-    for error in found.values():
-        print(error)
+    for problem in found.values():
+        print(problem)
     for number in missing:
         print(f"{folder / npz.file_name(number)} is missing; gen_reflow makes it")
     completed = manifest is None or manifest["complete"]
