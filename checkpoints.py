@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+import losses
 import models
 from utils import InputError, atomic_path, is_local
 
@@ -177,16 +178,17 @@ def read_metadata(path) -> dict[str, Any]:
     return _file_metadata(path) if path.is_file() else _folder_metadata(path)
 
 
-def load_weights(path, config) -> models.Weights:
+def load_weights(path, config, *, ema_rate: float = 0.0) -> models.Weights:
     """The weights at `path`, for `models.create_model(config)`: one head is copied to k = training.reflow_t.
 
     Args:
       path: an exported file (`export_file`), a checkpoint folder `.../checkpoints/<step>`, a stage's folder (its last
         checkpoint), or a workdir that holds one trained stage.
       config: the run's configuration.
+      ema_rate: return the EMA of this rate, one of model.ema_rates, as `ema_params`; 0: the main one.
 
     Raises:
-      InputError: nothing there, damaged, or another network; the message names the first setting that differs.
+      InputError: nothing there, damaged, another network, or no such EMA; the message names what differs.
     """
     path = _resolve(path)  # once: a run in progress may save another snapshot meanwhile
     metadata, k = read_metadata(path), config.training.reflow_t
@@ -197,7 +199,7 @@ def load_weights(path, config) -> models.Weights:
             f"{path} has {metadata['k']} time-embedding heads, this run has k = {k}; set training.reflow_t to "
             f"{metadata['k']} or choose a checkpoint with one head"
         )
-    weights, _ = restore(path)
+    weights, _ = restore(path, ema_rate=ema_rate)
     shapes = models.weight_shapes(models.create_model(config).clone(heads=metadata["k"]))
     for name in _TREES:
         _check_shapes(f"{path}: {name}", getattr(weights, name), shapes)
@@ -228,18 +230,21 @@ def _check_shapes(what: str, tree, shapes):
             )
 
 
-def restore(path) -> tuple[models.Weights, dict]:
-    """The weights at `path`, with their own number of heads, and their metadata. Errors as `read_metadata`."""
+def restore(path, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
+    """The weights at `path`, with their own number of heads, and their metadata. `ema_rate` as in `load_weights`."""
     path = _resolve(path)
     metadata = read_metadata(path)
+    tree = {} if path.is_file() else _read_state(path)
+    if ema_rate and losses.ema_name(ema_rate) not in (kept := tree.get("extra_ema", {})):
+        rates = ", ".join(kept) or "none"
+        raise InputError(f"{path} has no EMA of rate {ema_rate} beside the main one, its others are: {rates}")
     if path.is_file():
         return _file_weights(path, metadata), metadata
-    tree = _read_state(path)
     with _damage_named(f"{path}: {_DAMAGED}"):
         adam = tree["opt_state"]["1"]  # of the chain clipping, Adam, rate (`losses.optimizer`)
         weights = models.Weights(
             params=tree["params"],
-            ema_params=tree["ema_params"],
+            ema_params=tree["extra_ema"][losses.ema_name(ema_rate)] if ema_rate else tree["ema_params"],
             mu=adam["mu"],
             nu=adam["nu"],
             count=int(adam["count"]),

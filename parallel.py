@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import flax.jax_utils
 import jax
+import numpy as np
 
 from utils import InputError
 
@@ -84,6 +85,12 @@ def mean_over_devices(tree: Any) -> Any:
 def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     """A copy of `tree` for each of this host's devices."""
     return flax.jax_utils.replicate(tree, devices or jax.local_devices())
+
+
+def split_rows(batches: np.ndarray) -> np.ndarray:
+    """This host's batches [n, B, ...] with each laid out over its devices: [devices, n, B / devices, ...]."""
+    n, devices = len(batches), jax.local_device_count()
+    return batches.reshape(n, devices, -1, *batches.shape[2:]).swapaxes(0, 1)
 
 
 def first_copy(tree: Any) -> Any:

@@ -9,7 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 import tqdm
 from etils import epath
@@ -31,68 +33,76 @@ import tfgan_compat
 import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
+from configs.default import is_given
 from pairs import manifest as pairmanifest
-from pairs.plan import plan_pairs
-from pairs.reader import PairSet
+from pairs.plan import PairPlan, plan_pairs
 from pairs.workers import worker_of
 from sampler import Sampler
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
+Config = ml_collections.ConfigDict
 SHOWN_IMAGES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one training stage has of its own; everything else is the same for all.
+    """What a training stage has of its own; everything else is the same for all.
 
     Attributes:
-      name: its folder in the workdir.
-      targets: what the network learns from a batch (`losses`).
-      batches: (config, pairs or None, first update) -> iterator of batches [devices, n_jitted_steps, B, ...].
-      parent: the stage whose weights it starts from, unless a checkpoint is given; None: random weights.
+      folder: of its checkpoints, in the workdir.
+      model_name: what the paper calls its model, k to be filled in.
+      parent: the folder of the stage whose weights it starts from, unless a checkpoint is given; None: random weights.
+      data: (config, workdir) -> what it trains on.
+      targets: config -> (keys, batch) -> `losses.Targets`.
     """
 
-    name: str
-    targets: Callable
-    batches: Callable
+    folder: str
+    model_name: str
     parent: str | None
+    data: Callable[[Config, epath.Path], sources.TrainingData]
+    targets: Callable[[Config], Callable]
 
 
-def _image_batches(config, pairs, start: int) -> Iterator[dict[str, np.ndarray]]:
-    training = config.training
-    return datasets.train_batches(
-        config.data,
-        seed=config.seed,
-        batch_size=training.batch_size,
-        n_jitted_steps=training.n_jitted_steps,
-        start_step=start,
-    )
-
-
-def _pair_batches(config, pairs: PairSet, start: int) -> Iterator[dict[str, np.ndarray]]:
-    updates, devices = config.training.n_jitted_steps, jax.local_device_count()
-    size = config.training.batch_size // jax.process_count()
-    stream = pairs.batches(size, seed=config.seed, start=start)
-
-    def by_device(name, batches):
-        stacked = np.stack([batch[name] for batch in batches])
-        return stacked.reshape(updates, devices, -1, *stacked.shape[2:]).swapaxes(0, 1)
-
-    for first in stream:
-        batches = [first, *itertools.islice(stream, updates - 1)]
-        yield {name: by_device(name, batches) for name in first}
+def _times(config) -> dict[str, Any]:
+    return {"t_distribution": config.training.t_distribution, "t_shape": config.training.t_shape}
 
 
 STAGES = {
-    "1_rf": Stage("1_rf", losses.rf_targets, _image_batches, parent=None),
-    "train_reflow": Stage("2_rf", losses.reflow_targets, _pair_batches, parent="1_rf"),
-    "train_distill": Stage("2_distill", losses.distill_targets, _pair_batches, parent="2_rf"),
+    "rf": Stage(
+        folder="1_rf",
+        model_name="1-RF",
+        parent=None,
+        data=sources.image_data,
+        targets=lambda config: functools.partial(losses.rf_targets, **_times(config)),
+    ),
+    "reflow": Stage(
+        folder="2_rf",
+        model_name="{k}-SeqRF",
+        parent="1_rf",
+        data=sources.pair_data,
+        targets=lambda config: functools.partial(losses.reflow_targets, **_times(config)),
+    ),
+    "distill": Stage(
+        folder="2_distill",
+        model_name="{k}-SeqRF-Distill",
+        parent="2_rf",
+        data=sources.distillation_data,
+        targets=lambda config: functools.partial(losses.distill_targets, steps=config.training.distill_steps),
+    ),
 }
 
 
-def train(config, workdir, *, log_name: str = "seqrf"):
+def _stage(config, reflow_mode: str) -> Stage:
+    """The stage that `rf_phase` and a mode such as train_reflow or eval_distill mean."""
+    stage = STAGES["rf" if config.model.rf_phase == 1 else reflow_mode.partition("_")[2]]
+    steps = config.training.distill_steps
+    is_many_step = stage is STAGES["distill"] and steps > 1
+    return dataclasses.replace(stage, folder=f"{stage.folder}_{steps}") if is_many_step else stage
+
+
+def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -> None:
     """--mode=train: trains 1-RF, generates pairs, trains k-SeqRF or distils it, as the configuration says.
 
     Raises:
@@ -100,15 +110,13 @@ def train(config, workdir, *, log_name: str = "seqrf"):
     """
     config = _prepare(config, "train")
     workdir = epath.Path(workdir)
-    if config.model.rf_phase == 1:
-        _train_stage(config, workdir, STAGES["1_rf"], log_name)
-    elif config.training.reflow_mode == "gen_reflow":
+    if config.model.rf_phase == 2 and config.training.reflow_mode == "gen_reflow":
         _generate_pairs(config, workdir, log_name)
     else:
-        _train_stage(config, workdir, STAGES[config.training.reflow_mode], log_name)
+        _train_stage(config, workdir, _stage(config, config.training.reflow_mode), log_name)
 
 
-def _prepare(config, mode: str):
+def _prepare(config: Config, mode: str) -> Config:
     """Validates the configuration, starts the hosts and sets up the compilation cache; the configuration, k resolved.
 
     Raises:
@@ -123,7 +131,7 @@ def _prepare(config, mode: str):
     return config
 
 
-def _resolve_segments(config):
+def _resolve_segments(config: Config) -> Config:
     """A copy with k in training.reflow_t: 1 for a 1-RF, whose eval.segments keeps what was given."""
     config = config.copy_and_resolve_references()
     config.eval.segments = config.eval.segments or config.training.reflow_t
@@ -134,173 +142,208 @@ def _resolve_segments(config):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Run:
-    """What a training stage works with between its first and its last update."""
+    """A training stage in progress.
 
-    config: Any
+    Attributes:
+      config: with k resolved.
+      folder: of the stage, in the workdir.
+      model: the network, without weights.
+      sampler: of snapshots.
+      metadata: saved beside every checkpoint.
+      saved: the checkpoints.
+      tracker: of losses, metrics and pictures.
+      real: the features that snapshots are compared with; None where they are not measured.
+    """
+
+    config: Config
     folder: epath.Path
-    model: Any
+    model: nn.Module
     sampler: Sampler
-    info: dict
-    kept: checkpoints.RunCheckpoints
+    metadata: dict[str, Any]
+    saved: checkpoints.RunCheckpoints
     tracker: tracking.Tracker
-    features: features.DataFeatures | None  # None where no snapshot is measured
+    real: features.DataFeatures | None
 
 
-def _train_stage(config, workdir, stage: Stage, log_name):
-    if stage.parent is None:
-        datasets.image_source(config.data)  # a data set that is missing is said before anything is compiled
-    pairs = None if stage.parent is None else sources.open_pairs(config, workdir)
-    boundaries = segments.uniform_boundaries(1) if pairs is None else pairs.boundaries
-    model, folder = models.create_model(config), workdir / stage.name
-    kept = checkpoints.RunCheckpoints(folder)
-    with contextlib.closing(kept):
-        state, info, is_new = _first_state(config, workdir, stage, pairs, model, kept)
-        start = int(state.step)
-        if start >= config.training.n_iters and not is_new and _is_shown(config, folder, start):
+def _train_stage(config, workdir, stage: Stage, log_name: str):
+    data = stage.data(config, workdir)
+    model, folder = models.create_model(config), workdir / stage.folder
+    with contextlib.closing(checkpoints.RunCheckpoints(folder)) as saved:
+        state, metadata, is_new = _first_state(config, workdir, stage, data, model, saved)
+        start, n_iters = int(state.step), config.training.n_iters
+        if start >= n_iters and not is_new and _is_drawn(config, folder, start):
             logger.info("%s has its %d updates already", folder, start)
             return
-        features = _data_features(config) if _measures_snapshots(config) else None
-        tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.name}", resume_step=start)
+        real = _data_features(config) if _measures_snapshots(config) else None
+        tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.folder}", resume_step=start)
         with contextlib.closing(tracker):
-            run = _Run(config, folder, model, _sampler(config, model, boundaries), info, kept, tracker, features)
+            sampler = _sampler(config, model, data.boundaries)
+            run = _Run(config, folder, model, sampler, metadata, saved, tracker, real)
             if is_new:
-                _keep(run, state)
-            elif start in checkpoints.steps_in(folder) and not _is_shown(config, folder, start):
-                _show(run, state)  # it was killed after the checkpoint and before the pictures
-            if start < config.training.n_iters:
-                _update_until_done(run, stage, state, pairs)
+                _save_snapshot(run, state)
+            elif start in checkpoints.steps_in(folder) and not _is_drawn(config, folder, start):
+                _draw_snapshot(run, state)  # killed after the checkpoint and before its picture
+            if start < n_iters:
+                _update_until_done(run, stage, data, state)
             _draw_losses(run)
+    logger.info("checkpoints, samples and losses are in %s", folder)
 
 
-def _first_state(config, workdir, stage, pairs, model, kept) -> tuple[losses.TrainState, dict, bool]:
-    """(where training goes on, what is noted beside its checkpoints, whether the run is new).
+def _first_state(config, workdir, stage: Stage, data, model, saved) -> tuple[losses.TrainState, dict[str, Any], bool]:
+    """(the state that training starts from, the metadata of its checkpoints, whether the run is new).
 
-    A run's own latest state, else its starting weights. A 1-RF that is given weights goes on counting theirs; a reflow
-    stage learns something new and counts from 0.
+    A run's own latest state, else its starting weights. A 1-RF that is given weights continues their count of updates;
+    a reflow stage learns something new and counts from 0.
     """
-    transformation = _optimizer(config)
-    boundaries, teacher = [1, 0], None
-    if pairs is not None:
-        boundaries, teacher = pairs.boundaries, pairs.manifest.get("teacher")
-    metadata = functools.partial(checkpoints.make_metadata, config, stage.name, boundaries, teacher=teacher)
-    fresh = jax.eval_shape(lambda: losses.initial_state(_random_weights(config, model), transformation))
-    state = kept.resume(fresh, metadata())
-    if state is not None:
-        logger.info("going on in %s from update %d", workdir / stage.name, state.step)
-        return state, metadata(source=checkpoints.read_metadata(workdir / stage.name)["source"]), False
-    if stage.parent is None:
-        source = sources.given_checkpoint(config)
-    else:
-        source = sources.starting_checkpoint(config, workdir / stage.parent)
+    folder = workdir / stage.folder
+    metadata = checkpoints.make_metadata(config, stage.folder, data.boundaries, teacher=data.teacher)
+    random = functools.partial(_initial_state, config, step=0)
+    like = jax.eval_shape(lambda: random(_random_weights(config, model)))
+    if (state := saved.resume(like, metadata)) is not None:
+        logger.info("resuming %s from update %d", folder, state.step)
+        return state, metadata | {"source": checkpoints.read_metadata(folder)["source"]}, False
+    parent = None if stage.parent is None else workdir / stage.parent
+    source = sources.starting_checkpoint(config, parent)
     if source is None:
-        return losses.initial_state(_random_weights(config, model), transformation), metadata(source="random"), True
+        weights = _random_weights(config, model)
+        checkpoints.log_source("random weights", weights)
+        return random(weights), metadata | {"source": "random"}, True
     weights = source.load()
     checkpoints.log_source(source.name, weights)
-    if pairs is not None:
-        distills = config.training.reflow_mode == "train_distill"
-        sources.check_pairs_fit(pairs, source, weights, distills=distills)
+    data.check_fit(source, weights, distills=stage.parent == "2_rf")
     step = int(weights.step) if stage.parent is None else 0
-    return losses.initial_state(weights, transformation, step=step), metadata(source=source.name), True
+    return _initial_state(config, weights, step=step), metadata | {"source": source.name}, True
 
 
-def _update_until_done(run: _Run, stage, state, pairs):
-    training, model_settings = run.config.training, run.config.model
-    train_step = losses.make_train_step(
-        run.model,
-        stage.targets,
-        losses.make_loss(training.loss, reduce_mean=training.reduce_mean),
-        _optimizer(run.config),
-        ema_rate=model_settings.ema_rate,
-        variable_ema_rate=model_settings.variable_ema_rate,
-        seed=run.config.seed,
-    )
-    program = parallel.map_devices(train_step, all_hosts=True, donate=(0,))
-    step, state = int(state.step), parallel.replicate(state)
-    # Whole calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
-    batches = stage.batches(run.config, pairs, step - step % training.n_jitted_steps)
-    batches = parallel.prefetch(batches)
-    bar = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.name, unit="update", disable=None)
+def _initial_state(config, weights, *, step: int) -> losses.TrainState:
+    rates, from_ema = config.model.ema_rates, config.training.init_from_ema
+    return losses.initial_state(weights, _optimizer(config), step=step, ema_rates=rates, from_ema=from_ema)
+
+
+def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, state: losses.TrainState):
+    training, step = run.config.training, int(state.step)
+    program = parallel.map_devices(_train_step(run, stage, data), all_hosts=True, donate=(0,))
+    state = parallel.replicate(state)
+    progress = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None)
     run_ahead = parallel.RunAhead()
-    waiting = None  # the last logged losses, fetched one log later, when they are long there
-    while step < training.n_iters:
-        batch, first = next(batches), step % training.n_jitted_steps
-        count = min(training.n_jitted_steps - first, training.n_iters - step)
-        if count < training.n_jitted_steps:
-            batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
+    pending = None  # the last logged losses, fetched one log later, when the devices have them
+    for batch, count in _calls(training, data, step):
         state, loss = program(state, batch)
         run_ahead.add(loss)
         before, step = step, step + count
-        bar.update(count)
+        progress.update(count)
         if step // training.log_freq > before // training.log_freq or step == training.n_iters:
-            _log_loss(run, waiting)
-            waiting = (step, loss)
-        snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
-        if snapshot or step % training.snapshot_freq_for_preemption == 0:
-            waiting = _log_loss(run, waiting)
-            _refuse_not_finite(run, step, loss)
-            whole = parallel.first_copy(state)
-            _keep(run, whole) if snapshot else _keep_to_resume(run, whole)
-    bar.close()
+            _log_loss(run, pending)
+            pending = (step, loss)
+        is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
+        if is_snapshot or step % training.snapshot_freq_for_preemption == 0:
+            pending = _log_loss(run, pending)
+            _check_finite(run, step, loss)
+            (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, parallel.first_copy(state))
+    progress.close()
 
 
-def _log_loss(run, waiting):
-    """Logs (step, losses [devices, n]) and returns None. Raises InputError as `_refuse_not_finite`."""
-    if waiting is not None:
-        run.tracker.log(waiting[0], {"loss": _refuse_not_finite(run, *waiting)})
+def _calls(training, data: sources.TrainingData, step: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """(batch [devices, updates, B, ...], updates) of every call of the training step, up to n_iters.
+
+    Calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
+    """
+    updates = training.n_jitted_steps
+    batches = parallel.prefetch(data.batches(step - step % updates))
+    while step < training.n_iters:
+        batch, first = next(batches), step % updates
+        count = min(updates - first, training.n_iters - step)
+        if count < updates:
+            batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
+        yield batch, count
+        step += count
 
 
-def _refuse_not_finite(run, step, loss) -> float:
+def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable:
+    config, training = run.config, run.config.training
+    steps = len(data.boundaries) - 1, training.distill_steps
+    return losses.make_train_step(
+        run.model,
+        stage.targets(config),
+        losses.make_loss(training.loss, reduce_mean=training.reduce_mean, lpips=_lpips(config)),
+        _optimizer(config),
+        seed=config.seed,
+        ema_rate=config.model.ema_rate,
+        variable_ema_rate=config.model.variable_ema_rate,
+        on_policy=losses.OnPolicy(tuple(map(float, data.boundaries)), num_steps=steps[0] * steps[1]),
+    )
+
+
+def _lpips(config) -> Callable | None:
+    if config.training.loss != "lpips_huber":
+        return None
+    from models.lpips import load_lpips
+
+    return load_lpips(config.training.lpips_path, config.training.lpips_heads, centered=config.data.centered)
+
+
+def _log_loss(run: _Run, pending: tuple[int, jax.Array] | None) -> None:
+    """Logs (step, losses [devices, n]), if there are any. Raises InputError as `_check_finite`."""
+    if pending is not None:
+        run.tracker.log(pending[0], {"loss": _check_finite(run, *pending)})
+
+
+def _check_finite(run: _Run, step: int, loss: jax.Array) -> float:
     """The mean of losses [devices, n].
 
     Raises:
-      InputError: it is not finite; what was kept before is not overwritten.
+      InputError: it is not finite; earlier checkpoints are not overwritten.
     """
-    loss = float(np.mean(np.asarray(loss.addressable_shards[0].data)))
-    if not np.isfinite(loss):
+    mean = float(np.mean(np.asarray(loss.addressable_shards[0].data)))
+    if not np.isfinite(mean):
         raise InputError(
-            f"the loss is {loss} by update {step}: lower optim.lr, or look at the data; the checkpoints before it "
-            f"are in {run.folder}"
+            f"the loss is {mean} by update {step}: lower optim.lr, or look at the data; the checkpoints before it are "
+            f"in {run.folder}"
         )
-    return loss
+    return mean
 
 
-def _keep_to_resume(run: _Run, state: losses.TrainState):
-    """Keeps a checkpoint only to resume from, with the losses up to it."""
-    run.kept.save(state, run.info, keep=False)
+def _save_preemption_checkpoint(run: _Run, state: losses.TrainState):
+    """Saves a checkpoint to resume from, with the losses up to it."""
+    run.saved.save(state, run.metadata, keep=False)
     run.tracker.flush()
 
 
-def _keep(run: _Run, state: losses.TrainState):
-    """Keeps a checkpoint for good, with a picture of its samples and, where asked for, their distance to the data."""
-    run.kept.save(state, run.info, keep=True)
+def _save_snapshot(run: _Run, state: losses.TrainState):
+    """Saves a checkpoint to keep, draws its samples and, where asked for, measures their distance to the data."""
+    run.saved.save(state, run.metadata, keep=True)
     run.tracker.flush()
-    _show(run, state)
+    _draw_snapshot(run, state)
+
+
+def _draws_snapshots(config) -> bool:
+    return parallel.is_first_host() and config.training.snapshot_sampling
 
 
 def _measures_snapshots(config) -> bool:
-    return bool(config.training.snapshot_sampling and config.training.snapshot_fid_sample) and not jax.process_index()
+    return _draws_snapshots(config) and config.training.snapshot_fid_sample > 0
 
 
-def _picture_of(folder, step):
+def _picture_of(folder: epath.Path, step: int) -> epath.Path:
     return folder / "samples" / f"step_{step}.png"
 
 
-def _is_shown(config, folder, step) -> bool:
-    return bool(jax.process_index()) or not config.training.snapshot_sampling or _picture_of(folder, step).exists()
+def _is_drawn(config, folder: epath.Path, step: int) -> bool:
+    return not _draws_snapshots(config) or _picture_of(folder, step).exists()
 
 
-def _show(run: _Run, state: losses.TrainState):
-    """Measures and draws a kept checkpoint, on the first host; the picture comes last and tells that all is done."""
+def _draw_snapshot(run: _Run, state: losses.TrainState):
+    """Measures and draws a snapshot; the picture comes last, as the mark of a finished one."""
     config, step = run.config, int(state.step)
-    if jax.process_index() or not config.training.snapshot_sampling:
+    if not _draws_snapshots(config):
         return
     params, centered = state.ema_params, config.data.centered
     sampler = run.sampler.with_time_grid(params, config.sampling.time_grid)
-    if run.features:
+    if run.real:
         count, size = config.training.snapshot_fid_sample, config.eval.batch_size
-        quality, images = evaluation.sample_quality(sampler, params, count, size, real=run.features, centered=centered)
+        quality, images = evaluation.sample_quality(sampler, params, count, size, real=run.real, centered=centered)
         run.tracker.log(step, quality)
         run.tracker.flush()
     else:
@@ -309,20 +352,17 @@ def _show(run: _Run, state: losses.TrainState):
     run.tracker.picture(step, "samples", _picture_of(run.folder, step))
 
 
-def _draw_losses(run):
+def _draw_losses(run: _Run):
     lines = [line for line in run.tracker.history if "loss" in line]
     if lines:
         figures.draw_loss(run.folder / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
 
 
+# --- parts of several jobs, from the configuration --------------------------------------------------------------------
+
+
 def _optimizer(config):
-    optim = config.optim
-    return losses.optimizer(
-        lr=optim.lr, beta1=optim.beta1, eps=optim.eps, warmup=optim.warmup, grad_clip=optim.grad_clip
-    )
-
-
-# --- weights and flows ------------------------------------------------------------------------------------------------
+    return losses.optimizer(**config.optim, n_iters=config.training.n_iters)
 
 
 def _random_weights(config, model) -> models.Weights:
@@ -336,12 +376,11 @@ def _is_abstract(tree):
 
 
 def _sampler(config, model, boundaries) -> Sampler:
-    """How the configuration's `sampling` section samples a network."""
-    sampling_settings = config.sampling
-    options = {"method": "ode", "tol": sampling_settings.tol, "solver": sampling_settings.solver}
-    options["error_norm"] = sampling_settings.error_norm
-    if sampling_settings.method == "pc":
-        options = {"method": "pc", "predictor": sampling_settings.predictor, "num_scales": config.model.num_scales}
+    """How the section sampling samples a network."""
+    settings = config.sampling
+    options = {"method": "ode", "tol": settings.tol, "solver": settings.solver, "error_norm": settings.error_norm}
+    if settings.method == "pc":
+        options = {"method": "pc", "predictor": settings.predictor, "num_scales": config.model.num_scales}
     return Sampler(
         model=model,
         boundaries=np.asarray(boundaries, np.float32),
@@ -355,13 +394,13 @@ def _data_features(config) -> features.DataFeatures:
     return features.data_features(config.data, config.eval.inception_path, config.eval.batch_size)
 
 
-def _tracker(config, folder, workdir, name, **options):
-    primary = jax.process_index() == 0
+def _tracker(config, folder, workdir, name: str, **options) -> tracking.Tracker:
+    primary = parallel.is_first_host()
     return tracking.Tracker(folder, workdir=workdir, name=name, config=config.to_dict(), primary=primary, **options)
 
 
-def _show_pictures(tracker, step: int, folder):
-    """Shows every picture in a folder in wandb."""
+def _log_pictures(tracker, step: int, folder: epath.Path):
+    """Logs every picture in a folder to wandb."""
     for picture in sorted(folder.glob("*.png")):
         tracker.picture(step, picture.stem, picture)
 
@@ -369,22 +408,54 @@ def _show_pictures(tracker, step: int, folder):
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def _generate_pairs(config, workdir, log_name):
-    training, data = config.training, config.data
-    place, workers = worker = worker_of(training.gen_worker)
-    images = datasets.image_source(data)
-    source = sources.starting_checkpoint(config, workdir / "1_rf")
+def _generate_pairs(config, workdir: epath.Path, log_name: str):
+    """Makes the missing files of the pair set, or of the trajectory set (`training.reflow_pairs`)."""
+    images = datasets.image_source(config.data)
+    source = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
     weights = source.load()
     checkpoints.log_source(source.name, weights)
     model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
-    plan = plan_pairs(
-        folder=workdir / sources.PAIRS,
+    plan = _pair_plan(config, workdir, images, boundaries, teacher)
+    index, workers = worker = worker_of(config.training.gen_worker)
+    # Workers that do not know each other share the folder.
+    name = ("_trajectories" if (config.training.reflow_pairs == "trajectory") else "") + (
+        f"_{index}_of_{workers}" if workers > 1 else ""
+    )
+    run_name, file_name = f"{log_name}-pairs{name}", f"metrics{name}.json"
+    with contextlib.closing(_tracker(config, workdir / "samples", workdir, run_name, file_name=file_name)) as tracker:
+        summary = reflow.generate(
+            plan,
+            images,
+            functools.partial(models.velocity_fn, model),
+            teacher,
+            batch_size=config.training.gen_reflow_size,
+            worker=worker,
+            extra=extra,
+        )
+        if summary.pairs:
+            made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
+            made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
+            existing = plan.pairs - sum(map(plan.count, pairmanifest.missing_files(plan)))
+            tracker.log(existing, made)
+            _log_pictures(tracker, existing, workdir / "samples")
+    logger.info(
+        "the %s are in %s", "trajectories" if (config.training.reflow_pairs == "trajectory") else "pairs", plan.folder
+    )
+
+
+def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teacher) -> PairPlan:
+    training, data, sampling = config.training, config.data, config.sampling
+    is_trajectory = training.reflow_pairs == "trajectory"
+    options = {"inverted_pairs": training.inverted_pairs, "reflow_pairs": training.reflow_pairs}
+    options = {name: value for name, value in options.items() if value not in (0.0, "segments")}
+    return plan_pairs(
+        folder=workdir / (sources.TRAJECTORIES if is_trajectory else sources.PAIRS),
         boundaries=boundaries,
         pairs=training.n_reflow_data,
         file_size=training.reflow_file_size,
         dtype=training.reflow_dtype,
-        store_noise=training.reflow_store_noise,
+        store_noise=is_trajectory or training.reflow_store_noise,
         image_shape=sources.image_shape(config),
         dataset=images.identity,
         dataset_size=images.size,
@@ -393,60 +464,35 @@ def _generate_pairs(config, workdir, log_name):
         dequantize=data.uniform_dequantization,
         seed=config.seed,
         teacher=checkpoints.fingerprint(teacher),
-        tol=config.sampling.tol,
-        solver=config.sampling.solver,
-        error_norm=config.sampling.error_norm,
+        tol=sampling.tol,
+        solver=sampling.solver,
+        error_norm=sampling.error_norm,
+        **options,
     )
-    name = "" if workers == 1 else f"_{place}_of_{workers}"  # workers that do not know each other share the folder
-    options = {"file_name": f"metrics{name}.json"}
-    with contextlib.closing(
-        _tracker(config, workdir / "samples", workdir, f"{log_name}-pairs{name}", **options)
-    ) as tracker:
-        summary = reflow.generate(
-            plan,
-            images,
-            lambda params: models.velocity_fn(model, params),
-            teacher,
-            batch_size=training.gen_reflow_size,
-            worker=worker,
-            extra=extra,
-        )
-        if summary.pairs:
-            made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
-            made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
-            there = plan.pairs - sum(map(plan.count, pairmanifest.missing_files(plan)))
-            tracker.log(there, made)
-            _show_pictures(tracker, there, workdir / "samples")
 
 
-def _pair_boundaries(config, workdir, model, teacher):
-    """(boundaries, what the manifest says of them): those of pairs begun before, else SeqRF-Ada's, else uniform."""
+def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[str, Any]]:
+    """(boundaries, their entries in the manifest): of pairs or trajectories begun before, else as configured."""
     k, is_adaptive = config.training.reflow_t, config.training.adaptive_interval
-    manifest = pairmanifest.read_manifest(workdir / sources.PAIRS)
-    if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
-        return np.float32(manifest["boundaries"]), {}
+    for folder in (sources.PAIRS, sources.TRAJECTORIES):
+        manifest = pairmanifest.read_manifest(workdir / folder)
+        if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
+            names = ("adaptive", "cost_adaptive", "cost_uniform")
+            return np.float32(manifest["boundaries"]), {name: manifest[name] for name in names if name in manifest}
     if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
     sampler = _sampler(config, model, segments.uniform_boundaries(k))
     partition = adaptive.best_partition(sampler.fine_distances(teacher), k)
-    logger.info(
-        "SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)",
-        partition.boundaries,
-        partition.cost,
-        partition.uniform_cost,
-    )
+    costs = partition.cost, partition.uniform_cost
+    logger.info("SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", partition.boundaries, *costs)
     figures.draw_partition(workdir / "samples" / "division.png", partition)
-    return partition.boundaries, {
-        "adaptive": True,
-        "cost_adaptive": partition.cost,
-        "cost_uniform": partition.uniform_cost,
-    }
+    return partition.boundaries, {"adaptive": True, "cost_adaptive": costs[0], "cost_uniform": costs[1]}
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
+def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
     """--mode=eval: measures every checkpoint asked for, each into `<workdir>/<eval_folder>/step_<step>/`.
 
     A checkpoint that was measured with the same settings is not measured again. In a run of several hosts the first
@@ -458,25 +504,43 @@ def evaluate(config, workdir, eval_folder: str, *, log_name: str = "seqrf"):
     if int(os.environ.get("JAX_PROCESS_ID") or 0):
         return
     config = _prepare(config, "eval")
-    workdir = epath.Path(workdir)
-    found = sources.checkpoints_to_evaluate(config, workdir / _evaluated_stage(config))
+    workdir, stage = epath.Path(workdir), _stage(config, config.eval.reflow_mode)
+    found = sources.checkpoints_to_evaluate(config, workdir / stage.folder)
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
     check_steps(config, "eval")
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
+    teacher = _teacher(config, workdir)
     real = _data_features(config)
     folder, model = workdir / eval_folder, models.create_model(config)
-    samplers = {}  # by boundaries, which all checkpoints of a run share: what is compiled is compiled once
+    sampler_over = functools.cache(lambda *boundaries: _sampler(config, model, boundaries))  # each compiled once
+    name = stage.model_name.format(k=config.training.reflow_t)
     with contextlib.closing(_tracker(config, folder, workdir, f"{log_name}-{eval_folder}")) as tracker:
         for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
             weights = loaded.pop(step, None) or source.load()
-            boundaries = sources.evaluated_boundaries(config, workdir, source)
-            sampler = samplers.setdefault(str(boundaries), _sampler(config, model, boundaries))
+            sampler = sampler_over(*sources.evaluated_boundaries(config, workdir, source).tolist())
+            judged_by = teacher and (sampler_over(*teacher[0].tolist()), teacher[1])
             step = int(weights.step) if step is None else step
-            _evaluate_checkpoint(config, sampler, weights.ema_params, step, real, folder / f"step_{step}", tracker)
+            step_folder = folder / f"step_{step}"
+            values = _evaluate_checkpoint(config, name, sampler, weights, step, real, judged_by, step_folder)
+            if values:
+                tracker.log(step, values)
+                _log_pictures(tracker, step, step_folder)
+    logger.info("metrics and pictures are in %s", folder)
 
 
-def _evaluate_checkpoint(config, sampler, params, step: int, real, folder, tracker):
-    protocol = _protocol(config, sampler)
+def _teacher(config, workdir) -> tuple[np.ndarray, Any] | None:
+    """(boundaries, weights) of the teacher that samples are compared with; None: not asked for."""
+    if not is_given(config.eval.teacher):
+        return None
+    source = sources.checkpoint_at(config.eval.teacher, config)
+    return sources.evaluated_boundaries(config, workdir, source), source.load().ema_params
+
+
+def _evaluate_checkpoint(
+    config, name: str, sampler: Sampler, weights, step: int, real, teacher: tuple[Sampler, Any] | None, folder
+) -> dict[str, float | int] | None:
+    """The numbers of a checkpoint, written to `<folder>/metrics.json`; None if they are there already."""
+    params, protocol = weights.ema_params, _protocol(config, sampler)
     settings = evaluation.settings(
         sampler,
         params,
@@ -485,15 +549,16 @@ def _evaluate_checkpoint(config, sampler, params, step: int, real, folder, track
         sampling=config.sampling.to_dict() | {"num_scales": config.model.num_scales},
         data=f"{config.data.dataset} {config.data.category}".strip(),
     )
+    if teacher:
+        settings["teacher"] = checkpoints.fingerprint(teacher[1])
     if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
-        return
+        return None
     tfgan_compat.import_in_background()  # while the samplers are compiled
-    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder)
-    named = {"step": step, "model": _model_name(config), "sampler": sampler.name}
+    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, teacher)
+    named = {"step": step, "model": name, "sampler": sampler.name}
     utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
-    tracker.log(step, values)
-    _show_pictures(tracker, step, folder)
+    return values
 
 
 def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
@@ -508,16 +573,3 @@ def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
         time_grid=config.sampling.time_grid,
         save_trajectory=config.eval.save_trajectory,
     )
-
-
-def _evaluated_stage(config) -> str:
-    if config.model.rf_phase == 1:
-        return STAGES["1_rf"].name
-    return STAGES[config.eval.reflow_mode.replace("eval", "train")].name
-
-
-def _model_name(config) -> str:
-    """As the paper calls it: 1-RF, k-SeqRF or k-SeqRF-Distill."""
-    if config.model.rf_phase == 1:
-        return "1-RF"
-    return f"{config.training.reflow_t}-SeqRF" + ("-Distill" if config.eval.reflow_mode == "eval_distill" else "")

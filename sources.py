@@ -1,8 +1,10 @@
-"""Where a job's weights, pairs and boundaries come from, and whether they fit together."""
+"""Where a job's weights, training data and boundaries come from, and whether they fit together."""
 
 import dataclasses
+import functools
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from jaxtyping import Float
 import checkpoints
 import datasets
 import models
+import parallel
 import segments
+from configs.check import on_policy_rows
 from configs.default import is_given
 from pairs.manifest import read_manifest
 from pairs.reader import PairSet
@@ -21,6 +25,7 @@ from utils import InputError
 logger = logging.getLogger("seqrf")
 
 PAIRS = epath.Path("samples") / "reflow_batch"
+TRAJECTORIES = epath.Path("samples") / "trajectories"
 TORCH_METADATA = {"stage": "1_rf", "k": 1, "boundaries": [1.0, 0.0]}  # a PyTorch checkpoint is a 1-RF
 
 
@@ -44,26 +49,39 @@ class CheckpointRef:
         return segments.validate_boundaries(self.metadata["boundaries"])
 
 
-def checkpoint_at(path, config) -> CheckpointRef:
-    """The checkpoint at `path`, as `checkpoints.load_weights` takes it. Raises InputError where there is none."""
-    return CheckpointRef(str(path), checkpoints.read_metadata(path), lambda: checkpoints.load_weights(path, config))
+def checkpoint_at(path: epath.PathLike, config, ema_rate: float = 0.0) -> CheckpointRef:
+    """The checkpoint at `path`: a PyTorch file (.pth, .pt), or what `checkpoints.load_weights` takes.
+
+    Args:
+      ema_rate: the EMA to load, one of model.ema_rates; 0: the main one.
+
+    Raises:
+      InputError: there is none.
+    """
+    if str(path).endswith((".pth", ".pt")):
+        return CheckpointRef(str(path), TORCH_METADATA, lambda: models.import_torch(path, config))
+    load = functools.partial(checkpoints.load_weights, path, config, ema_rate=ema_rate)
+    return CheckpointRef(str(path), checkpoints.read_metadata(path), load)
 
 
-def given_checkpoint(config) -> CheckpointRef | None:
+def given_checkpoint(config, ema_rate: float = 0.0) -> CheckpointRef | None:
     """What the user gives as training.import_torch or else training.import_flax; None: neither."""
     torch_path, flax_path = config.training.import_torch, config.training.import_flax
     if is_given(torch_path):
         return CheckpointRef(str(torch_path), TORCH_METADATA, lambda: models.import_torch(torch_path, config))
-    return checkpoint_at(flax_path, config) if is_given(flax_path) else None
+    return checkpoint_at(flax_path, config, ema_rate) if is_given(flax_path) else None
 
 
-def starting_checkpoint(config, parent: epath.Path) -> CheckpointRef:
+def starting_checkpoint(config, parent: epath.Path | None) -> CheckpointRef | None:
     """What a stage starts from: given by the user, else the last snapshot of the stage before, in the folder `parent`.
 
+    Without a parent, None where nothing is given.
+
     Raises:
-      InputError: nothing found; the message says where it looked.
+      InputError: the parent has no snapshot; the message says where it looked.
     """
-    if (given := given_checkpoint(config)) is not None:
+    given = given_checkpoint(config)
+    if given is not None or parent is None:
         return given
     if not checkpoints.steps_in(parent):
         raise InputError(
@@ -79,7 +97,8 @@ def checkpoints_to_evaluate(config, stage_folder: epath.Path) -> dict[int | None
     Raises:
       InputError: there is none.
     """
-    if (given := given_checkpoint(config)) is not None:
+    ema_rate = config.eval.ema_rate if config.eval.ema_rate != config.model.ema_rate else 0.0
+    if (given := given_checkpoint(config, ema_rate)) is not None:
         return {None: given}
     folder, wanted = stage_folder / "checkpoints", config.eval
     found = checkpoints.steps_in(stage_folder)
@@ -93,7 +112,7 @@ def checkpoints_to_evaluate(config, stage_folder: epath.Path) -> dict[int | None
             f"no checkpoint to evaluate in {folder}: it has {found or 'none'}, asked for are "
             f"eval.begin_step={wanted.begin_step} to end_step={wanted.end_step} by interval_step={wanted.interval_step}"
         )
-    return {step: checkpoint_at(folder / str(step), config) for step in steps}
+    return {step: checkpoint_at(folder / str(step), config, ema_rate) for step in steps}
 
 
 def evaluated_segments(config, checkpoint: CheckpointRef) -> int:
@@ -122,44 +141,118 @@ def evaluated_boundaries(config, workdir, checkpoint: CheckpointRef) -> Float[np
     return segments.uniform_boundaries(k)
 
 
-def open_pairs(config, workdir) -> PairSet:
-    """The pair set of this workdir.
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a stage trains on.
+
+    Attributes:
+      boundaries: [k + 1] in t.
+      batches: first update -> endless iterator of batches [devices, n_jitted_steps, B, ...].
+      teacher: the fingerprint of the weights that made the pairs; None for images.
+      folder: of the pairs.
+    """
+
+    boundaries: Float[np.ndarray, "boundaries"]
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    teacher: str | None = None
+    folder: epath.Path | None = None
+
+    def check_fit(self, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool) -> None:
+        """Checks that the weights that a reflow stage starts from belong to its pairs.
+
+        k-SeqRF starts from the teacher that made the pairs, or from a student of it; its distillation from any model
+        with the pairs' segments but a student of another teacher.
+
+        Raises:
+          InputError: they do not.
+        """
+        if self.teacher is None:
+            return
+        metadata, k = checkpoint.metadata, len(self.boundaries) - 1
+        if metadata["k"] == k and not np.allclose(checkpoint.boundaries, self.boundaries, rtol=0, atol=1e-6):
+            raise InputError(
+                f"{checkpoint.name} has the boundaries {metadata['boundaries']}, the pairs in {self.folder} "
+                f"{self.boundaries.tolist()}; start from the model that was trained on them"
+            )
+        own, trained_on = checkpoints.fingerprint(weights.ema_params), metadata.get("teacher")
+        if self.teacher not in (own, trained_on) and not (distills and trained_on is None):
+            raise InputError(
+                f"the pairs in {self.folder} were made by teacher {self.teacher}, this run starts from "
+                f"{trained_on or own} ({checkpoint.name}); start from the same checkpoint, or make new pairs in "
+                "another workdir"
+            )
+
+
+def image_data(config, workdir: epath.Path) -> TrainingData:
+    """The images of the data set, for 1-RF. Raises InputError where it is missing."""
+    datasets.image_source(config.data)
+    batches = functools.partial(
+        datasets.train_batches,
+        config.data,
+        seed=config.seed,
+        batch_size=config.training.batch_size,
+        n_jitted_steps=config.training.n_jitted_steps,
+    )
+    return TrainingData(segments.uniform_boundaries(1), lambda start: batches(start_step=start))
+
+
+def pair_data(config, workdir: epath.Path) -> TrainingData:
+    """The pair set of this workdir. Raises InputError where there is none, or of another k, image size or range."""
+    return _set_data(config, [(_open_pairs(config, workdir), config.training.batch_size)])
+
+
+def distillation_data(config, workdir: epath.Path) -> TrainingData:
+    """The pair set and, for the share training.on_policy of a batch, the trajectory set, of the same teacher.
 
     Raises:
-      InputError: there is none, or it was made for another k, image size or range.
+      InputError: one is missing, of another k, image size or range, or they are of different teachers.
     """
-    expect = {"k": config.training.reflow_t, "image_shape": image_shape(config), "centered": config.data.centered}
-    if config.training.adaptive_interval:
-        expect["adaptive"] = True
+    on_policy = on_policy_rows(config)
+    stored = config.training.batch_size - on_policy
+    if not on_policy:
+        return pair_data(config, workdir)
+    from pairs.trajectories import TrajectorySet, check_same_teacher
+
+    trajectories = _open_set(TrajectorySet, "trajectories", config, workdir / TRAJECTORIES)
+    if not stored:
+        return _set_data(config, [(trajectories, on_policy)])
+    pairs = _open_pairs(config, workdir)
+    check_same_teacher(trajectories, pairs)
+    return _set_data(config, [(pairs, stored), (trajectories, on_policy)])
+
+
+def _open_pairs(config, workdir) -> PairSet:
     folder = workdir / PAIRS
     manifest = read_manifest(folder)
     stores_noise = manifest is None or manifest["store_noise"]
     images = None if stores_noise else datasets.image_source(config.data)
-    pairs = PairSet(folder, partial=config.training.reflow_partial, expect=expect, images=images)
-    logger.info("%d pairs in %s, boundaries %s", len(pairs), folder, np.round(pairs.boundaries, 4).tolist())
-    return pairs
+    return _open_set(PairSet, "pairs", config, folder, images=images)
 
 
-def check_pairs_fit(pairs: PairSet, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool):
-    """Raises InputError where the weights that a reflow stage starts from do not belong to its pairs.
+def _open_set(kind, what: str, config, folder: epath.Path, **options):
+    expect = {"k": config.training.reflow_t, "image_shape": image_shape(config), "centered": config.data.centered}
+    if config.training.adaptive_interval:
+        expect["adaptive"] = True
+    opened = kind(folder, partial=config.training.reflow_partial, expect=expect, **options)
+    logger.info("%d %s in %s, boundaries %s", len(opened), what, folder, np.round(opened.boundaries, 4).tolist())
+    return opened
 
-    k-SeqRF starts from the teacher that made the pairs, or from a student of it; its distillation from any model with
-    the pairs' segments but a student of another teacher.
-    """
-    metadata = checkpoint.metadata
-    if metadata["k"] == pairs.k and not np.allclose(checkpoint.boundaries, pairs.boundaries, rtol=0, atol=1e-6):
-        raise InputError(
-            f"{checkpoint.name} has the boundaries {metadata['boundaries']}, the pairs in {pairs.folder} "
-            f"{pairs.boundaries.tolist()}; start from the model that was trained on them"
+
+def _set_data(config, sets: list[tuple[Any, int]]) -> TrainingData:
+    """Batches with so many rows of each pair or trajectory set."""
+
+    def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
+        host, updates = parallel.this_host(), config.training.n_jitted_steps
+        streams = [opened.batches(host.share(rows), seed=config.seed, start=start) for opened, rows in sets]
+        merged = (
+            {name: rows for part in parts for name, rows in part.items()} for parts in zip(*streams, strict=False)
         )
-    teacher, trained_on = pairs.manifest.get("teacher"), metadata.get("teacher")
-    own = checkpoints.fingerprint(weights.ema_params)
-    if teacher in (None, own, trained_on) or (distills and trained_on is None):
-        return
-    raise InputError(
-        f"the pairs in {pairs.folder} were made by teacher {teacher}, this run starts from {trained_on or own} "
-        f"({checkpoint.name}); start from the same checkpoint, or make new pairs in another workdir"
-    )
+        while True:
+            stack = list(itertools.islice(merged, updates))
+            yield {name: parallel.split_rows(np.stack([batch[name] for batch in stack])) for name in stack[0]}
+
+    first, _ = sets[0]
+    return TrainingData(first.boundaries, batches, first.manifest["teacher"], first.folder)
 
 
 def image_shape(config) -> tuple[int, int, int]:

@@ -98,6 +98,11 @@ def check_options(config, mode: str):
         )
 
 
+def on_policy_rows(config) -> int:
+    """The examples of a batch of `train_distill` that start from the student's own states."""
+    return round(config.training.on_policy * config.training.batch_size)
+
+
 def segments_of(config) -> int:
     """k: a first rectified flow has one segment, whatever `training.reflow_t` says."""
     return 1 if config.model.rf_phase == 1 else config.training.reflow_t
@@ -147,6 +152,11 @@ def check_batches(config, mode: str, *, devices: int, local_devices: int):
         raise InputError(
             f"--config.training.batch_size={config.training.batch_size} cannot be shared by {devices} devices; "
             f"use a multiple of {devices}"
+        )
+    if mode == "train" and on_policy_rows(config) % devices:
+        raise InputError(
+            f"--config.training.on_policy={config.training.on_policy}: {on_policy_rows(config)} of "
+            f"{config.training.batch_size} examples cannot be shared by {devices} devices; use another share"
         )
     if config.eval.batch_size % local_devices:
         raise InputError(
