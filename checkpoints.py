@@ -319,7 +319,8 @@ def _file_weights(path, metadata: dict) -> models.Weights:
         )
 
 
-def log_source(name: str, weights: models.Weights):
-    """Logs which weights a stage starts from."""
+def log_source(name: str, weights: models.Weights, *, centered: bool):
+    """Logs which weights a stage starts from, and the range of the images that the network is given."""
     size = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    logger.info("starting from %s: %s parameters, update %d", name, f"{size:,}", weights.step)
+    images = "[-1, 1]" if centered else "[0, 1]"
+    logger.info("starting from %s: %s parameters, update %d, images in %s", name, f"{size:,}", weights.step, images)

@@ -208,10 +208,10 @@ def _first_state(config, workdir, stage: Stage, data, model, saved) -> tuple[los
     source = sources.starting_checkpoint(config, parent)
     if source is None:
         weights = _random_weights(config, model)
-        checkpoints.log_source("random weights", weights)
+        checkpoints.log_source("random weights", weights, centered=config.data.centered)
         return random(weights), metadata | {"source": "random"}, True
     weights = source.load()
-    checkpoints.log_source(source.name, weights)
+    checkpoints.log_source(source.name, weights, centered=config.data.centered)
     data.check_fit(source, weights, distills=stage.parent == "2_rf")
     step = int(weights.step) if stage.parent is None else 0
     return _initial_state(config, weights, step=step), metadata | {"source": source.name}, True
@@ -413,7 +413,7 @@ def _generate_pairs(config, workdir: epath.Path, log_name: str):
     images = datasets.image_source(config.data)
     source = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
     weights = source.load()
-    checkpoints.log_source(source.name, weights)
+    checkpoints.log_source(source.name, weights, centered=config.data.centered)
     model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
     plan = _pair_plan(config, workdir, images, boundaries, teacher)

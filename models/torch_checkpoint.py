@@ -150,12 +150,16 @@ def _check_sigmas(name: str, sigmas, model: NCSNpp):
     if sigmas.ndim != 1 or not 0 < len(sigmas) <= MOST_SIGMAS:
         raise InputError(f"{name} has shape {tuple(sigmas.shape)}: not a list of up to {MOST_SIGMAS:,} noise levels")
     sigmas, table = sigmas.numpy(), sigma_table(model.sigma_min, model.sigma_max)
-    # Otherwise the network never looks at them: public configurations differ in values that nothing uses.
-    if model.uses_sigma_table and not (sigmas.shape == table.shape and np.allclose(sigmas, table, rtol=1e-4)):
-        raise InputError(
-            f"belongs to another configuration: it has {sigmas.size} noise levels from {sigmas[0]:g} to "
-            f"{sigmas[-1]:g}, config.model.sigma_max and sigma_min mean {table.size} from {table[0]:g} to {table[-1]:g}"
-        )
+    if not model.scale_by_sigma or (sigmas.shape == table.shape and np.allclose(sigmas, table, rtol=1e-4)):
+        return
+    difference = (
+        f"it has {sigmas.size} noise levels from {sigmas[0]:g} to {sigmas[-1]:g}, config.model.sigma_max and sigma_min "
+        f"mean {table.size} from {table[0]:g} to {table[-1]:g}"
+    )
+    if model.uses_sigma_table:
+        raise InputError(f"belongs to another configuration: {difference}")
+    # The outputs do not depend on them, but they tell the public checkpoints of one network apart: 380 is LSUN church.
+    logger.warning("the checkpoint may be of another data set than the configuration: %s", difference)
 
 
 def _shadow_params(ema, entries: Entries) -> dict:
