@@ -204,7 +204,7 @@ def label_classifier(data, cache_dir=None) -> FeatureNetwork:
         params = train_classifier(model, train, recipe)
         _, logits = _classifier_function(model, params)(test.images)
         return flax.traverse_util.flatten_dict(params, sep="/") | {
-            "test_accuracy": np.mean(logits.argmax(axis=1) == test.labels)
+            "test_accuracy": np.asarray(np.mean(logits.argmax(axis=1) == test.labels))
         }
 
     arrays = _cached(_folder(cache_dir) / f"{name}_{key}.npz", train_and_test)
