@@ -18,12 +18,12 @@ import datasets
 import figures
 import sampling
 import utils
-from features import DataFeatures
+from features import DataFeatures, real_features
 from sampler import Cost, Sampler, check_finite
 from tfgan_compat import tensorflow_gan
 
 SHOWN_IMAGES = 64
-BLOCK = 1024  # rows of the matrices of kernels and distances that are in memory at a time
+BLOCK = 256  # rows of the matrices of kernels and distances that are in memory at a time
 
 
 # --- distances between two sets of features ---------------------------------------------------------------------------
@@ -66,35 +66,46 @@ def kernel_distance_and_error(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, 
     """
     a, b = _comparable(a, b)
     n, m = len(a), len(b)
-    (row_a, row_b), within_a, within_b = _kernel_sums(a, b), _kernel_sums(a, a)[0], _kernel_sums(b, b)[0]
-    within_a, within_b = within_a - _kernel_diagonal(a), within_b - _kernel_diagonal(b)
-    cross = row_a.sum()
+    within_a, within_b, (cross_a, cross_b) = _kernel_sums(a), _kernel_sums(b), _cross_kernel_sums(a, b)
 
     def estimate(sum_a, sum_b, sum_cross, n, m):
         return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_cross / (n * m)
 
-    total = within_a.sum(), within_b.sum()
-    distance = estimate(*total, cross, n, m)
+    total_a, total_b, cross = within_a.sum(), within_b.sum(), cross_a.sum()
+    distance = estimate(total_a, total_b, cross, n, m)
     if min(n, m) < 3:
         return float(distance), float("nan")
-    without_a = estimate(total[0] - 2 * within_a, total[1], cross - row_a, n - 1, m)
-    without_b = estimate(total[0], total[1] - 2 * within_b, cross - row_b, n, m - 1)
+    without_a = estimate(total_a - 2 * within_a, total_b, cross - cross_a, n - 1, m)
+    without_b = estimate(total_a, total_b - 2 * within_b, cross - cross_b, n, m - 1)
     variance = (n - 1) * np.var(without_a) + (m - 1) * np.var(without_b)
     return float(distance), float(np.sqrt(variance))
 
 
-def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the kernel matrix over its columns [n] and over its rows [m], a block of rows in memory at a time."""
-    rows, columns = [], np.zeros(len(b))
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    product = a @ b.T
+    product /= a.shape[1]
+    product += 1
+    return product * product * product
+
+
+def _kernel_sums(a: np.ndarray) -> np.ndarray:
+    """[n] for each sample the sum of its kernel values with all others, each value computed once."""
+    sums = np.zeros(len(a))
     for start in range(0, len(a), BLOCK):
-        kernel = (a[start : start + BLOCK] @ b.T / a.shape[1] + 1) ** 3
-        rows.append(kernel.sum(axis=1))
-        columns += kernel.sum(axis=0)
-    return np.concatenate(rows), columns
+        kernel = _kernel(a[start : start + BLOCK], a[start:])
+        sums[start : start + BLOCK] += kernel.sum(axis=1) - kernel.diagonal()
+        sums[start + BLOCK :] += kernel[:, BLOCK:].sum(axis=0)
+    return sums
 
 
-def _kernel_diagonal(a: np.ndarray) -> np.ndarray:
-    return (np.einsum("nd,nd->n", a, a) / a.shape[1] + 1) ** 3
+def _cross_kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n], [m] for each sample the sum of its kernel values with the other set."""
+    sums_a, sums_b = np.zeros(len(a)), np.zeros(len(b))
+    for start in range(0, len(a), BLOCK):
+        kernel = _kernel(a[start : start + BLOCK], b)
+        sums_a[start : start + BLOCK] = kernel.sum(axis=1)
+        sums_b += kernel.sum(axis=0)
+    return sums_a, sums_b
 
 
 def precision_recall(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], k: int = 3) -> tuple[float, float]:
@@ -162,25 +173,39 @@ def _comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def sample_distances(
-    network_name: str,
-    real_features: Float[np.ndarray, "n d"],
-    fake_features: Float[np.ndarray, "m d"],
-    fake_logits: Float[np.ndarray, "m classes"],
+def feature_distances(
+    network_name: str, real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]
 ) -> dict[str, float]:
-    """The distances of generated images to the data, under the names of metrics.json.
+    """FID, KID and its error under their names in metrics.json. Errors as `frechet_distance`."""
+    kernel, error = kernel_distance_and_error(real, fake)
+    suffix = _suffix(network_name)
+    return {f"fid{suffix}": frechet_distance(real, fake), f"kid{suffix}": kernel, f"kid_error{suffix}": error}
+
+
+def floor(
+    real: DataFeatures, data: Any, batch_size: int, count: int | None = None, cache_dir: epath.PathLike | None = None
+) -> tuple[dict[str, float], int]:
+    """The distances of test images to the training images, which samples as good as the data would have.
+
+    Args:
+      real: the feature network and its features of the training images.
+      data: `config.data`.
+      count: test images to compare; None: all. The FID of few samples is larger, so floors compare at equal counts.
+      cache_dir: as `features.feature_network`.
+
+    Returns:
+      The distances by name, and how many test images they are of.
 
     Raises:
-      ValueError: as the distances.
+      InputError: the data set has no test images.
     """
-    suffix = "" if network_name == "inception" else f"_{network_name}"
-    kernel, error = kernel_distance_and_error(real_features, fake_features)
-    return {
-        f"fid{suffix}": frechet_distance(real_features, fake_features),
-        f"kid{suffix}": kernel,
-        f"kid_error{suffix}": error,
-        f"is{suffix}": inception_score(fake_logits),
-    }
+    test = datasets.image_source(data, "test")
+    found = real_features(real.network, test, batch_size, cache_dir)[:count]
+    return feature_distances(real.network.name, real.features, found), len(found)
+
+
+def _suffix(network_name: str) -> str:
+    return "" if network_name == "inception" else f"_{network_name}"
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
@@ -210,8 +235,9 @@ def sample_quality(
         features.append(batch_features)
         logits.append(batch_logits)
     name = real.network.name
-    distances = sample_distances(name, real.features, np.concatenate(features), np.concatenate(logits))
-    return {**distances, **cost.summary()}, shown
+    distances = feature_distances(name, real.features, np.concatenate(features))
+    score = {f"is{_suffix(name)}": inception_score(np.concatenate(logits))}
+    return {**distances, **score, **cost.summary()}, shown
 
 
 @dataclasses.dataclass(frozen=True)

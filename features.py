@@ -22,6 +22,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 import datasets
+from runtime import tensorflow_on_cpu
 from tfgan_compat import tensorflow_gan
 from utils import InputError, write_arrays
 
@@ -300,7 +301,7 @@ def inception(path: str) -> FeatureNetwork:
       InputError: the folder holds no such model; or TF-Hub cannot be reached.
     """
     folder = _inception_folder(path)
-    tf = datasets.tensorflow_on_cpu()
+    tf = tensorflow_on_cpu()
     size = tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE
     model = _loaded_inception(folder, size)
 
@@ -364,7 +365,7 @@ def _loaded_inception(folder: epath.Path, size: int):
     Raises:
       InputError: it does not, or cannot be loaded.
     """
-    tf = datasets.tensorflow_on_cpu()
+    tf = tensorflow_on_cpu()
     import tensorflow_hub
 
     try:

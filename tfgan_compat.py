@@ -1,18 +1,19 @@
-"""TF-GAN 2.1.0 on TensorFlow 2.21: one import satisfied, nothing changed.
+"""Imports TF-GAN 2.1.0 on TensorFlow 2.21, which lacks a module that TF-GAN's import needs.
 
 TF-GAN's newest release derives some training classes from `tf.estimator` and `tf.compat.v1.estimator`, which TensorFlow
 2.16 removed, so `import tensorflow_gan` fails there. Its evaluation functions need none of that. While TF-GAN is
-imported, an empty class stands where the estimators were; afterwards it is taken away again, so that nobody else finds
-estimators in TensorFlow. TF-GAN's own estimator classes stay unusable, as they would be anyway.
+imported, an empty class replaces the estimators; afterwards it is removed, so that TensorFlow is unchanged for others.
+TF-GAN's own estimator classes stay unusable.
 """
 
 import contextlib
 import threading
 import warnings
+from types import ModuleType
 
-import datasets
+from runtime import tensorflow_on_cpu
 
-_IMPORTING = threading.Lock()  # only one thread at a time may stand in for the estimators
+_IMPORTING = threading.Lock()  # one thread at a time replaces the estimators
 
 
 class _Estimators(type):
@@ -25,11 +26,11 @@ class _Estimators(type):
 
 
 class _NoEstimator(metaclass=_Estimators):
-    """Stands for the removed estimators and all their parts, and can do nothing."""
+    """Replaces the removed estimators and all their parts; it has no function."""
 
 
 @contextlib.contextmanager
-def _estimators_stood_in_for(*modules):
+def _with_estimators(*modules):
     """Inside the block each of the modules that lacks `estimator` has `_NoEstimator` for it."""
     lacking = [module for module in modules if not hasattr(module, "estimator")]
     for module in lacking:
@@ -41,19 +42,19 @@ def _estimators_stood_in_for(*modules):
             del module.estimator
 
 
-def tensorflow_gan():
+def tensorflow_gan() -> ModuleType:
     """The module `tensorflow_gan`, imported on first use (seconds), with TensorFlow kept off the GPU."""
-    tf = datasets.tensorflow_on_cpu()
+    tf = tensorflow_on_cpu()
     # By this name, which TF-GAN's own imports use too: the first use of it replaces the attribute tf.compat.v1.
     import tensorflow.compat.v1 as tf1
 
     tf.get_logger().setLevel("ERROR")  # TF-GAN calls functions that TensorFlow deprecates, at length, on the terminal
-    with _IMPORTING, _estimators_stood_in_for(tf, tf1), warnings.catch_warnings():
+    with _IMPORTING, _with_estimators(tf, tf1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it and TF-Hub import what setuptools deprecates; setuptools is pinned
         import tensorflow_gan as tfgan
     return tfgan
 
 
 def import_in_background() -> None:
-    """Starts the import, so that it is done by the time that other seconds of work, such as compiling, are."""
+    """Starts the import, which takes seconds, beside other work such as compiling."""
     threading.Thread(target=tensorflow_gan, name="import-tfgan").start()

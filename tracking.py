@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: the terminal, metrics.json and Weights & Biases, all by one call."""
+"""Logs a run's numbers and pictures to the terminal, to metrics.json and to Weights & Biases."""
 
 import hashlib
 import logging
@@ -24,11 +24,11 @@ class Tracker:
 
     def __init__(
         self,
-        folder,
+        folder: epath.PathLike,
         *,
-        workdir,
+        workdir: epath.PathLike,
         name: str,
-        config: dict,
+        config: dict[str, Any],
         primary: bool = True,
         resume_step: int | float = math.inf,
         file_name: str = "metrics.json",
@@ -37,15 +37,18 @@ class Tracker:
         Args:
           folder: where metrics.json and the pictures go.
           workdir: where wandb keeps its own files, in `wandb/`.
-          name: the run's name in wandb; the same name in the same workdir goes on with the same wandb run.
-          config: what wandb shows as the run's settings.
+          name: the run's name in wandb; the same name in the same workdir continues the same wandb run.
+          config: the run's settings, as wandb shows them.
           primary: whether this is the first host.
-          resume_step: the lines that are in metrics.json stay, but for those after this step, which will be redone.
+          resume_step: the step that the run resumes from; lines of metrics.json after it are dropped.
           file_name: of metrics.json, where several runs write into one folder.
+
+        Raises:
+          InputError: wandb cannot write into `workdir`.
         """
         self._path = epath.Path(folder) / file_name
         self._primary = primary
-        self._lines = {}  # by step
+        self._lines: dict[int, dict[str, Any]] = {}  # by step
         if not primary:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +58,11 @@ class Tracker:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Everything noted, one {"step": ..., name: number, ...} for each step, in their order."""
+        """The logged numbers, one {"step": ..., name: number, ...} for each step, by step."""
         return [self._lines[step] for step in sorted(self._lines)]
 
-    def log(self, step: int, values: dict[str, Any]):
-        """Notes numbers at a step, beside those of other names. They reach metrics.json at the next `flush`."""
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Logs numbers at a step, beside those of other names. metrics.json is written by the next `flush`."""
         if not self._primary:
             return
         values = {name: _plain(value) for name, value in values.items()}
@@ -67,19 +70,19 @@ class Tracker:
         self._wandb.log(values, step=step)
         logger.info("update %d: %s", step, "  ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    def picture(self, step: int, name: str, path):
+    def picture(self, step: int, name: str, path: epath.PathLike) -> None:
         """Shows a PNG file in wandb."""
         if self._primary:
             import wandb
 
             self._wandb.log({name: wandb.Image(os.fspath(path))}, step=step)
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes `<folder>/metrics.json`: `history`."""
         if self._primary:
             utils.write_json(self._path, self.history)
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and ends the wandb run."""
         if self._primary:
             self.flush()
@@ -92,7 +95,7 @@ def _plain(value):
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key, in the environment or in ~/.netrc, without asking anybody."""
+    """Whether wandb finds a key, in the environment or in ~/.netrc, without a prompt."""
     try:
         known = netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
@@ -107,7 +110,7 @@ def _wandb_run(workdir, name, config):
     folder = epath.Path(workdir)
     local = folder if utils.is_local(folder) else epath.Path(".")
     local.mkdir(parents=True, exist_ok=True)
-    # The same run in the same workdir goes on with the same wandb run; in another workdir it is another one.
+    # Of the workdir too: runs of the same name in two workdirs are two wandb runs.
     identity = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:16]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
@@ -118,5 +121,5 @@ def _wandb_run(workdir, name, config):
     except wandb.errors.Error as error:
         if mode == "offline":
             raise InputError(f"wandb cannot log into {local}: {error}") from error
-        logger.warning("wandb is out of reach (%s); logging offline into %s", error, local / "wandb")
+        logger.warning("wandb cannot be reached (%s); logging offline into %s", error, local / "wandb")
         return wandb.init(mode="offline", settings=settings, **arguments)

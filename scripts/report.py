@@ -1,7 +1,7 @@
-"""Prints what was measured in a workdir as a table and draws quality against NFE: python scripts/report.py WORKDIR
+"""Prints the evaluations in a workdir as a table and draws the FID against NFE: python scripts/report.py WORKDIR
 
-Reads every <eval_folder>/step_<step>/metrics.json; of each folder the last step counts. With --check it also says, as
-ratios, what k-SeqRF won in k network calls over 1-RF, and ends with 1 if that is less than the quickstart asks for.
+Reads the last step of each <eval_folder>/step_<step>/metrics.json. With --check it also prints the ratios of k-SeqRF's
+figures to 1-RF's at k network calls; the exit status is 1 if one is larger than the quickstart's bound.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the ratio is small enough; a figure that could not be measured holds nothing."""
+        """Whether the ratio is within its bound; one that could not be measured is not."""
         return self.ratio <= self.most
 
     def __str__(self):
@@ -69,7 +69,7 @@ class Claim:
 
 
 def claims(metrics: list[dict], fid: str) -> list[Claim]:
-    """What the quickstart must show: the gain in k calls, that distilling loses nothing, that the flow is straighter.
+    """The quickstart's claims: a lower FID in k calls, none lost by distillation, a straighter flow.
 
     Raises:
       KeyError: one of the models or samplers was not measured.
@@ -98,7 +98,7 @@ def main() -> int:
     """The script: prints the table, writes it to report.md and draws the figure beside it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    parser.add_argument("--check", action="store_true", help="end with 1 if k-SeqRF won too little")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is larger than its bound")
     options = parser.parse_args()
     metrics = last_metrics(options.workdir)
     if not metrics:

@@ -20,7 +20,9 @@ from exact_flows import (
     velocity_fn,
 )
 
+import datasets
 import evaluation
+import features
 import models
 import sampler
 import sampling
@@ -85,7 +87,7 @@ def jackknife_by_loops(a, b):
     return math.sqrt((len(a) - 1) * np.var(without_a) + (len(b) - 1) * np.var(without_b))
 
 
-@pytest.mark.parametrize("block", [7, 1024])
+@pytest.mark.parametrize("block", [7, 256])
 def test_kernel_distance_and_its_error_are_those_of_all_pairs(block, monkeypatch):
     monkeypatch.setattr(evaluation, "BLOCK", block)
     a, b = random_features(30, 8, 0), random_features(24, 8, 1, shift=0.2)
@@ -128,7 +130,7 @@ def precision_recall_by_loops(real, fake, k):
     return share(fake, real), share(real, fake)
 
 
-@pytest.mark.parametrize(("k", "block"), [(1, 16), (3, 7), (5, 1024)])
+@pytest.mark.parametrize(("k", "block"), [(1, 16), (3, 7), (5, 256)])
 def test_precision_and_recall_are_those_of_all_pairs(k, block, monkeypatch):
     monkeypatch.setattr(evaluation, "BLOCK", block)
     real, fake = random_features(50, 3, 0), 0.6 * random_features(40, 3, 1, shift=0.5)
@@ -180,15 +182,49 @@ def test_sets_of_different_width_or_bad_logits():
         evaluation.inception_score(np.zeros((1, 10)))
 
 
-def test_figures_carry_the_name_of_their_network():
-    real, fake, logits = random_features(50, 6, 0), random_features(60, 6, 1), random_features(60, 10, 2)
-    other = evaluation.sample_distances("digits_classifier", real, fake, logits)
-    assert set(other) == {f"{name}_digits_classifier" for name in ("fid", "kid", "kid_error", "is")}
-    plain = evaluation.sample_distances("inception", real, fake, logits)
+def test_distances_carry_the_name_of_their_network():
+    real, fake = random_features(50, 6, 0), random_features(60, 6, 1)
+    other = evaluation.feature_distances("digits_classifier", real, fake)
+    assert set(other) == {f"{name}_digits_classifier" for name in ("fid", "kid", "kid_error")}
+    plain = evaluation.feature_distances("inception", real, fake)
     assert plain == {name.removesuffix("_digits_classifier"): value for name, value in other.items()}
     assert plain["fid"] == evaluation.frechet_distance(real, fake)
     assert (plain["kid"], plain["kid_error"]) == evaluation.kernel_distance_and_error(real, fake)
-    assert plain["is"] == evaluation.inception_score(logits)
+
+
+def test_quality_compares_exactly_the_samples_and_counts_their_cost():
+    tested = sampler_of(Gaussian(), EULER)
+    seen = []
+
+    def means(images):
+        seen.append(images)
+        return images.reshape(len(images), -1)[:, :3].astype(np.float32), np.zeros((len(images), 2), np.float32)
+
+    real = features.DataFeatures(features.FeatureNetwork("means", "1", means), random_features(20, 3, 0))
+    quality, shown = evaluation.sample_quality(tested, GAUSSIAN, 7, 4, real=real, centered=True)
+    x = direct(tested, GAUSSIAN)(range(7)).x
+    unit = np.clip((np.asarray(x) + 1) / 2, 0, 1)
+    np.testing.assert_allclose(shown, unit[:4], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(seen), 255 * unit, atol=0.51)
+    fake = np.concatenate([means(images)[0] for images in seen])
+    assert quality["fid_means"] == evaluation.frechet_distance(real.features, fake)
+    assert quality["is_means"] == pytest.approx(1)
+    assert quality["nfe"] == 8
+
+
+def test_the_floor_is_the_distance_of_test_images_in_the_same_features(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    splits = {name: rng.integers(0, 256, (n, 4, 4, 1), np.uint8) for name, n in (("train", 40), ("test", 30))}
+    monkeypatch.setattr(datasets, "image_source", lambda data, split: datasets.ArraySource(split, splits[split]))
+
+    def network(images):
+        return images.reshape(len(images), -1)[:, :3].astype(np.float32), np.zeros((len(images), 2), np.float32)
+
+    train = features.DataFeatures(features.FeatureNetwork("raw", "1", network), network(splits["train"])[0])
+    for count in (30, 12):
+        found, compared = evaluation.floor(train, None, 8, count, tmp_path)
+        assert compared == count
+        assert found == evaluation.feature_distances("raw", train.features, network(splits["test"][:count])[0])
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 import tfgan_compat
 
 
-def test_the_help_is_still_needed():
-    """Once this fails, TF-GAN has been repaired and `tfgan_compat` can go."""
+def test_tf_gan_alone_still_fails_to_import():
+    """Once this fails, `tfgan_compat` can be removed."""
     plain = subprocess.run([sys.executable, "-c", "import tensorflow_gan"], capture_output=True, text=True, timeout=300)
     assert plain.returncode != 0
     assert "has no attribute 'estimator'" in plain.stderr
@@ -29,10 +29,10 @@ def test_tf_gan_imports_and_tensorflow_stays_without_estimators():
 
 def test_an_estimator_that_exists_is_not_replaced_and_failures_clean_up():
     whole, lacking = types.SimpleNamespace(estimator="real"), types.SimpleNamespace()
-    with tfgan_compat._estimators_stood_in_for(whole, lacking):
+    with tfgan_compat._with_estimators(whole, lacking):
         assert whole.estimator == "real"
         assert isinstance(lacking.estimator.tpu.TPUEstimator, type)
-    with pytest.raises(ImportError), tfgan_compat._estimators_stood_in_for(whole, lacking):
+    with pytest.raises(ImportError), tfgan_compat._with_estimators(whole, lacking):
         raise ImportError
     assert whole.estimator == "real"
     assert not hasattr(lacking, "estimator")
