@@ -1,6 +1,7 @@
-"""Reflow: a teacher's ODE carries the start of every planned pair to its end (docs/method.md, section 8).
+"""Reflow: the teacher's ODE carries one point of every planned pair to the other (docs/method.md, section 8).
 
-A pair of a segment is (x1, x0): x1 at the segment's start, x0 where the ODE of the teacher is at the segment's end.
+A pair of a segment is (x1, x0): x1 at the segment's start t1, x0 at its end t0. The ODE is solved from x1 to x0, of an
+inverted pair from x0 to x1, and of a trajectory from noise through all boundaries.
 """
 
 import collections
@@ -115,35 +116,55 @@ def generate(
 
 @dataclasses.dataclass
 class _PendingFile:
-    """A pair file whose pairs are being solved."""
+    """A file whose pairs or trajectories are being solved."""
 
     number: int
     layout: pairplan.FileLayout
-    x1: np.ndarray
-    x0: np.ndarray
+    start: np.ndarray  # [n, H, W, C]
+    solved: np.ndarray  # [n, H, W, C], of trajectories [n, k, H, W, C]
     unsolved: int  # device batches
 
     def write(self, plan):
         """Draws the first file of a set, then writes the file: in this order a kill leaves no gap."""
-        layout, arrays = self.layout, {"x0": self.x0, "x1": self.x1}
+        arrays = self._trajectories() if plan.is_trajectory else self._pairs()
         if self.number == 1:
-            unscale = functools.partial(datasets.unscale, centered=plan.centered)
-            picture = plan.folder.parent / workers.PICTURE
-            figures.draw_pairs(picture, self.x1, self.x0, layout.segment, plan.boundaries, unscale)
+            _draw(plan, arrays, self.layout)
         if not plan.store_noise:
-            keys = {name: getattr(layout, name) for name in ("image", "flip", "key")}
-            arrays = {"x0": self.x0, **keys, "x1_crc": npz.crc_of_rows(self.x1)}
+            x1, keys = arrays["x1"], {name: getattr(self.layout, name) for name in ("image", "flip", "key")}
+            arrays = {"x0": arrays["x0"], **keys, "x1_crc": npz.crc_of_rows(x1), "t0": arrays["t0"], "t1": arrays["t1"]}
         # Where the manifest was not claimed atomically (object stores) another worker's may have replaced it.
         pairmanifest.begin_manifest(plan)
-        utils.write_arrays(plan.path(self.number), overwrite=False, **arrays, t0=layout.t0, t1=layout.t1)
+        utils.write_arrays(plan.path(self.number), overwrite=False, **arrays)
+
+    def _pairs(self):
+        x0, x1, inverted = self.solved, self.start, self.layout.inverted
+        if inverted.any():
+            x0[inverted], x1[inverted] = x1[inverted], x0[inverted]
+        return {"x0": x0, "x1": x1, "t0": self.layout.t0, "t1": self.layout.t1}
+
+    def _trajectories(self):
+        return {"xs": np.concatenate([self.start[:, None], self.solved], axis=1)}
+
+
+def _draw(plan, arrays, layout):
+    """Draws some of the pairs or trajectories of a file beside the set."""
+    unscale = functools.partial(datasets.unscale, centered=plan.centered)
+    if plan.is_trajectory:
+        picture, ts = plan.folder.parent / "trajectories.png", np.asarray(plan.boundaries)
+        figures.draw_trajectories(picture, ts, arrays["xs"].swapaxes(0, 1), unscale)
+    else:
+        picture = plan.folder.parent / "pairs.png"
+        figures.draw_pairs(picture, arrays["x1"], arrays["x0"], layout.segment, plan.boundaries, unscale)
 
 
 @dataclasses.dataclass(frozen=True)
 class _DeviceBatch:
-    """What one device solves at a time: rows of one segment of a file, some repeated to fill the batch."""
+    """What one device solves at a time: rows of a file, some repeated to fill the batch, all over the same times."""
 
     file: _PendingFile
-    segment: int
+    segment: np.ndarray | np.int32  # of trajectories [k]
+    t_start: np.ndarray | np.float32  # of the shape of segment
+    t_end: np.ndarray | np.float32
     rows: np.ndarray
     count: int  # of rows that are not repeated
 
@@ -187,17 +208,18 @@ def _make_files(plan, todo, images, make_velocity, params, batch_size, bar):
 
 def _finished_files(plan, solved, stats, bar):
     """Copies what the devices have solved into its files; those that are complete then."""
-    batches, (x0, nfe) = solved
-    nfe = np.asarray(nfe)
-    stats.calls += int(nfe.max())
+    batches, (x, nfe) = solved
+    nfe = np.asarray(nfe).reshape(len(nfe), -1)
+    stats.calls += int(nfe.sum(axis=1).max())
     finished = []
-    for batch, ends, calls in zip(batches, np.asarray(x0), nfe, strict=False):  # idle devices repeat a batch
+    for batch, ends, calls in zip(batches, np.asarray(x), nfe, strict=False):  # idle devices repeat a batch
         ends = ends[: batch.count]
         if not np.isfinite(ends).all():
             raise InputError(f"a solve did not reach sampling.tol = {plan.tol}; use a larger tolerance")
-        batch.file.x0[batch.rows[: batch.count]] = ends
+        batch.file.solved[batch.rows[: batch.count]] = ends
         batch.file.unsolved -= 1
-        stats.nfe[batch.segment].append(int(calls))
+        for segment, n in zip(batch.segment.flat, calls, strict=True):
+            stats.nfe[int(segment)].append(int(n))
         stats.pairs += batch.count
         bar.update(batch.count)
         if not batch.file.unsolved:
@@ -211,7 +233,7 @@ def _device_batch_size(plan, batch_size):
 
     It does not depend on how many devices there are if `batch_size` grows with them; the bytes then do not either.
     """
-    pairs = plan.file_size // plan.k
+    pairs = plan.file_size if plan.is_trajectory else plan.file_size // plan.k
     most = max(1, batch_size // jax.local_device_count())
     return math.ceil(pairs / math.ceil(pairs / most))
 
@@ -219,49 +241,72 @@ def _device_batch_size(plan, batch_size):
 def _compiled_solver(plan, size, make_velocity, params):
     """The compiled solver of a device batch on each device: one program for all segments, whose times it is given."""
 
-    def solve(params, x, t_start, t_end, index):
+    def solve_segment(params, x, t_start, t_end, index):
         velocity = make_velocity(params)
         solution = sampling.solve_segment(
             velocity, x, t_start, t_end, index, tol=plan.tol, solver=plan.solver, error_norm=plan.error_norm
         )
         return solution.x, solution.nfe
 
+    def solve_trajectory(params, x, t_start, t_end, index):
+        def step(x, segment):
+            x, nfe = solve_segment(params, x, *segment)
+            return x, (x, nfe)
+
+        states, nfe = jax.lax.scan(step, x, (t_start, t_end, index))[1]
+        return states.swapaxes(0, 1), nfe
+
     # Only this host's devices: the hosts make different files, in their own time.
     devices = jax.local_device_count()
-    boundaries = np.asarray(plan.boundaries, np.float32)
     params = parallel.replicate(params)
-    times, index = np.zeros(devices, np.float32), np.zeros(devices, np.int32)
+    times = np.zeros((devices, plan.k) if plan.is_trajectory else devices, np.float32)
     x = np.zeros((devices, size, *plan.image_shape), np.float32)
-    program = parallel.map_devices(solve).lower(params, x, times, times, index).compile()
+    program = parallel.map_devices(solve_trajectory if plan.is_trajectory else solve_segment)
+    program = program.lower(params, x, times, times, times.astype(np.int32)).compile()
 
     def solve_batches(batches):
         batches = batches + [batches[-1]] * (devices - len(batches))
-        x = np.stack([batch.file.x1[batch.rows] for batch in batches]).astype(np.float32)
-        index = np.array([batch.segment for batch in batches], np.int32)
-        return program(params, x, boundaries[index], boundaries[index + 1], index)
+        x = np.stack([batch.file.start[batch.rows] for batch in batches]).astype(np.float32)
+        spans = [np.stack([getattr(batch, name) for batch in batches]) for name in ("t_start", "t_end", "segment")]
+        return program(params, x, *spans)
 
     return solve_batches
 
 
-def _device_batches(plan, number, images, size) -> Iterator[_DeviceBatch]:
+def _device_batches(plan, number, images, size) -> list[_DeviceBatch]:
     """The device batches of a file, segment by segment."""
     layout = pairplan.file_layout(plan, number)
-    x1 = pairplan.start_points(
+    start = pairplan.start_points(
         pairplan.file_images(images, layout.first_image, layout.image),
         layout.flip,
         layout.key,
-        layout.t1,
+        np.where(layout.inverted, layout.t0, layout.t1),
         centered=plan.centered,
         dequantize=plan.dequantize,
         dtype=plan.dtype,
     )
-    count = plan.count(number) // plan.k
-    batches = math.ceil(count / size)
-    file = _PendingFile(number, layout, x1, np.empty_like(x1), unsolved=plan.k * batches)
-    for segment in range(plan.k):
-        filled = np.resize(np.flatnonzero(layout.segment == segment), (batches, size))
-        for n, rows in enumerate(filled):
-            yield _DeviceBatch(file, segment, rows, min(size, count - n * size))
+    states = (plan.k,) if plan.is_trajectory else ()
+    solved = np.empty((len(start), *states, *plan.image_shape), plan.dtype)
+    file, batches = _PendingFile(number, layout, start, solved, unsolved=0), []
+    for rows, *span in _solved_alike(plan, layout):
+        count = math.ceil(len(rows) / size)
+        for n, filled in enumerate(np.resize(rows, (count, size))):
+            batches.append(_DeviceBatch(file, *span, filled, min(size, len(rows) - n * size)))
+    file.unsolved = len(batches)
+    return batches
+
+
+def _solved_alike(plan, layout) -> Iterator[tuple]:
+    """(rows, segment, t_start, t_end) of the rows of a file that are solved over the same times."""
+    boundaries, segment = np.asarray(plan.boundaries, np.float32), np.arange(plan.k, dtype=np.int32)
+    if plan.is_trajectory:
+        yield np.arange(len(layout.segment)), segment, boundaries[:-1], boundaries[1:]
+        return
+    for i, inverted in itertools.product(segment, (False, True)):
+        rows = np.flatnonzero((layout.segment == i) & (layout.inverted == inverted))
+        times = (boundaries[i], boundaries[i + 1])
+        if len(rows):
+            yield rows, i, *(reversed(times) if inverted else times)
 
 
 def _dispatched_ahead(solve, groups: Iterable[list]) -> Iterator[tuple]:

@@ -447,8 +447,6 @@ def _generate_pairs(config, workdir: epath.Path, log_name: str):
 def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teacher) -> PairPlan:
     training, data, sampling = config.training, config.data, config.sampling
     is_trajectory = training.reflow_pairs == "trajectory"
-    options = {"inverted_pairs": training.inverted_pairs, "reflow_pairs": training.reflow_pairs}
-    options = {name: value for name, value in options.items() if value not in (0.0, "segments")}
     return plan_pairs(
         folder=workdir / (sources.TRAJECTORIES if is_trajectory else sources.PAIRS),
         boundaries=boundaries,
@@ -467,7 +465,8 @@ def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teache
         tol=sampling.tol,
         solver=sampling.solver,
         error_norm=sampling.error_norm,
-        **options,
+        inverted_pairs=0.0 if is_trajectory else training.inverted_pairs,
+        reflow_pairs=training.reflow_pairs,
     )
 
 

@@ -15,11 +15,11 @@ from etils import epath
 import segments
 import utils
 from pairs import npz
-from pairs.plan import FORMAT, PairPlan
+from pairs.plan import DEFAULTS, FORMAT, PairPlan
 from utils import InputError
 
 MANIFEST = "manifest.json"
-# The entries of every manifest and their types.
+# The entries of a manifest and their types; those of `DEFAULTS` may be missing.
 ENTRIES = {"format": int, "complete": bool, "k": int, "files": int} | {
     field.name: field.type for field in dataclasses.fields(PairPlan) if field.name != "folder"
 }
@@ -52,9 +52,9 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
 def _invalid_entry(manifest):
     """The first entry that is missing or invalid, in words; None if there is none."""
     for name, kind in ENTRIES.items():
-        if name not in manifest:
+        if name not in manifest | DEFAULTS:
             return f"it has no {name}"
-        if not _has_type(manifest[name], kind):
+        if name in manifest and not _has_type(manifest[name], kind):
             return f"its {name} is {manifest[name]!r}"
     pairs, file_size = manifest["pairs"], manifest["file_size"]
     valid = {
@@ -66,6 +66,8 @@ def _invalid_entry(manifest):
         "files": manifest["files"] == math.ceil(pairs / max(file_size, 1)),
         "dataset_size": manifest["dataset_size"] > 0,
         "dtype": manifest["dtype"] in ("float32", "float16"),
+        "inverted_pairs": 0 <= manifest.get("inverted_pairs", 0) <= 1,
+        "reflow_pairs": manifest.get("reflow_pairs", "segments") in ("segments", "trajectory"),
         "contents": _are_contents(manifest.get("contents", {})),
     }
     return next((f"its {name} cannot be {manifest[name]!r}" for name, is_valid in valid.items() if not is_valid), None)
@@ -92,6 +94,11 @@ def _are_contents(contents):
     )
 
 
+def value_of(manifest: dict[str, Any], name: str) -> Any:
+    """An entry of the manifest; where an older manifest lacks it, its default; None where it has neither."""
+    return manifest.get(name, DEFAULTS.get(name))
+
+
 def begin_manifest(plan: PairPlan, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """The manifest of the planned set; written with the entries `extra` unless the folder has one that agrees.
 
@@ -99,11 +106,11 @@ def begin_manifest(plan: PairPlan, extra: dict[str, Any] | None = None) -> dict[
       InputError: the folder holds another set; the message names the first entry that differs.
     """
     manifest = _read_or_write(plan, extra or {})
-    for name, wanted in plan.definition().items():
-        if manifest.get(name) != wanted:
+    for name, wanted in (DEFAULTS | plan.definition()).items():
+        if (found := value_of(manifest, name)) != wanted:
             raise InputError(
-                f"{plan.folder} holds pairs with {name} = {manifest.get(name)}, but this run makes them with "
-                f"{wanted}; use the same settings, or another workdir"
+                f"{plan.folder} holds pairs with {name} = {found}, but this run makes them with {wanted}; use the same "
+                "settings, or another workdir"
             )
     return manifest
 
@@ -155,7 +162,10 @@ def check_file(folder: epath.Path, manifest: dict[str, Any], number: int) -> int
     """
     with npz.PairFile(folder / npz.file_name(number)) as file:
         found = {"image_shape": list(file.image_shape), "store_noise": file.stores_noise}
-        wanted = {name: manifest[name] for name in found}
+        found["reflow_pairs"] = "segments" if file.states is None else "trajectory"
+        if file.states is not None:
+            found["k"] = file.states - 1
+        wanted = {name: value_of(manifest, name) for name in found}
         if "file_size" in manifest:
             if not 1 <= number <= manifest["files"]:
                 raise InputError(f"{file.path} does not belong to this set; remove it")

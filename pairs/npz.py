@@ -1,4 +1,4 @@
-"""One pair file, reflow_batch_<i>.npz (docs/method.md, section 9), read row by row in constant memory.
+"""One file of pairs or trajectories, reflow_batch_<i>.npz (docs/method.md, section 9), read row by row.
 
 The file is an ordinary npz whose members are stored, not compressed, so that a row lies at a known offset and one
 `pread` fetches it. Rows are not mapped into memory: a disk error is then an exception rather than a signal that ends
@@ -38,7 +38,10 @@ ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, 
 # The arrays of a file: name -> (kind of dtype, dimensions).
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
 # In place of x1, when noise is not stored; x1_crc is the CRC-32 of each row of x1.
-KEYED_ARRAYS = {"image": ("i", 1), "flip": ("b", 1), "key": ("u", 2), "x1_crc": ("u", 1)}
+KEYED_ARRAYS = {name: ARRAYS[name] for name in ("x0", "t0", "t1")} | {
+    "image": ("i", 1), "flip": ("b", 1), "key": ("u", 2), "x1_crc": ("u", 1),
+}  # fmt: skip
+TRAJECTORY_ARRAYS = {"xs": ("f", 5)}
 
 
 class BrokenFile(InputError):
@@ -95,8 +98,9 @@ class PairFile:
     """An open pair file, whose structure has been checked and whose arrays have not been read.
 
     Attributes:
-      count: pairs in the file.
+      count: pairs, or trajectories, in the file.
       image_shape: (H, W, C).
+      states: of each trajectory, k + 1; None for pairs.
       stores_noise: whether x1 is in the file, rather than the keys to rebuild it.
       size: of the file in bytes.
       crc32: the checksum of every array according to the file.
@@ -183,23 +187,24 @@ class PairFile:
     def _read_structure(self):
         with zipfile.ZipFile(self._file) as archive:
             stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            wanted = ARRAYS if "x1" in stored else {name: ARRAYS[name] for name in ("x0", "t0", "t1")} | KEYED_ARRAYS
+            wanted = TRAJECTORY_ARRAYS if "xs" in stored else ARRAYS if "x1" in stored else KEYED_ARRAYS
             missing = [name for name in wanted if name not in stored]
             if missing:
                 raise self.broken(f"it has no array {missing[0]}")
             self._members = {name: self._member(archive, stored[name]) for name in wanted}
+        first = self._members[next(iter(wanted))]  # x0 or xs
         for name, (kind, dimensions) in wanted.items():
             member = self._members[name]
             if member.dtype.kind != kind or len(member.shape) != dimensions:
                 raise self.broken(f"its array {name} is {member.dtype} {list(member.shape)}")
-            if member.shape[0] != self._members["x0"].shape[0]:
+            if member.shape[0] != first.shape[0]:
                 raise self.broken(f"x0 and {name} have different lengths")
-        self.count, *shape = self._members["x0"].shape
+        self.count, self.image_shape = first.shape[0], first.shape[-3:]
         if not self.count:
             raise self.broken("it has no pairs")
-        self.image_shape = tuple(shape)
-        self.stores_noise = "x1" in wanted
-        if self.stores_noise and self._members["x1"].shape != (self.count, *shape):
+        self.states = first.shape[1] if "xs" in wanted else None
+        self.stores_noise = wanted is not KEYED_ARRAYS
+        if "x1" in wanted and self._members["x1"].shape != first.shape:
             raise self.broken("x0 and x1 have different shapes")
         self._file.seek(0, os.SEEK_END)
         self.size = self._file.tell()  # which `seek` itself does not return of a remote file

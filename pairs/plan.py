@@ -4,6 +4,9 @@ File i depends on the plan and on i alone. Its pairs take the images at position
 set's fixed order; a permutation from (seed, i) gives every segment an equal share of them, and pair j of the set draws
 its noise with the key (seed, j). Random numbers and starting points are made by NumPy, on the host, one pair at a
 time: they are the same bits on every machine and in every batch, so that a start that was not stored can be rebuilt.
+
+A set of trajectories is planned in the same way: its "pairs" are trajectories, each from its own noise at t = 1 through
+all segments.
 """
 
 import dataclasses
@@ -46,6 +49,9 @@ class PairPlan:
       tol, solver, error_norm: how they are solved.
       dtype: "float32" or "float16", of stored images.
       store_noise: False: x1 is not stored but rebuilt from (image, flip, key), and compared with its checksum.
+      inverted_pairs: share (0 to 1) of the pairs of each segment and file that are inverted: x0 is the noisy image at
+        the segment's end, and the ODE is solved backwards to x1.
+      reflow_pairs: "segments", pairs, or "trajectory": the teacher's states at all boundaries.
     """
 
     folder: epath.Path
@@ -65,6 +71,14 @@ class PairPlan:
     error_norm: str
     dtype: str
     store_noise: bool
+    # Later entries of the manifest, which states them only where they are not the default.
+    inverted_pairs: float = 0.0
+    reflow_pairs: str = "segments"
+
+    @property
+    def is_trajectory(self) -> bool:
+        """Whether it is a set of trajectories rather than of pairs."""
+        return self.reflow_pairs == "trajectory"
 
     @property
     def k(self) -> int:
@@ -86,40 +100,50 @@ class PairPlan:
 
     def file_bytes(self, number: int) -> int:
         """The size of file `number`, at most."""
-        images = (2 if self.store_noise else 1) * math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
-        return self.count(number) * (images + SMALL_ARRAYS_BYTES[self.store_noise]) + FILE_OVERHEAD_BYTES
+        images = self.k + 1 if self.is_trajectory else 1 + self.store_noise
+        image_bytes = math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
+        return self.count(number) * (images * image_bytes + SMALL_ARRAYS_BYTES[self.store_noise]) + FILE_OVERHEAD_BYTES
 
     def definition(self) -> dict[str, Any]:
         """What decides the bytes of the set, as its manifest has it: without the folder, in JSON's types."""
         values = dataclasses.asdict(self) | {"k": self.k, "files": self.files, "format": FORMAT}
+        values = {name: value for name, value in values.items() if name not in DEFAULTS or value != DEFAULTS[name]}
         del values["folder"]
         return json.loads(json.dumps(values))
+
+
+# Of entries that a manifest may lack.
+DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(PairPlan) if field.default is not dataclasses.MISSING
+}
 
 
 def plan_pairs(*, folder: epath.PathLike, boundaries: Any, pairs: int, file_size: int, **settings: Any) -> PairPlan:
     """The plan for at least `pairs` pairs: `pairs` and `file_size` are rounded up to multiples of k.
 
     Args:
+      pairs: or trajectories, whose number is not rounded.
       settings: the other attributes of `PairPlan`.
 
     Raises:
       ValueError: invalid boundaries.
     """
     boundaries = tuple(segments.validate_boundaries(boundaries).tolist())
-    k = len(boundaries) - 1
-    wanted, pairs = pairs, math.ceil(pairs / k) * k
-    if pairs != wanted:
-        logger.info("training.n_reflow_data is rounded up from %d to %d, a multiple of k = %d", wanted, pairs, k)
-    file_size = min(pairs, math.ceil(file_size / k) * k)
-    return PairPlan(folder=epath.Path(folder), boundaries=boundaries, pairs=pairs, file_size=file_size, **settings)
+    plan = PairPlan(folder=epath.Path(folder), boundaries=boundaries, pairs=pairs, file_size=file_size, **settings)
+    k = 1 if plan.is_trajectory else plan.k
+    rounded = math.ceil(pairs / k) * k
+    if rounded != pairs:
+        logger.info("training.n_reflow_data is rounded up from %d to %d, a multiple of k = %d", pairs, rounded, k)
+    return dataclasses.replace(plan, pairs=rounded, file_size=min(rounded, math.ceil(file_size / k) * k))
 
 
 @dataclasses.dataclass(frozen=True)
 class FileLayout:
-    """What the n pairs of one file start from.
+    """What the n pairs, or trajectories, of one file start from.
 
     Attributes:
-      segment: the segment that each pair belongs to, each equally often.
+      segment: the segment that each pair belongs to, each equally often; 0 for trajectories.
+      inverted: whether the pair is solved from t0 to t1.
       image: the position of its image in the data set; -1 where it starts from noise alone.
       flip: whether the image is mirrored.
       key: of the random numbers of its noise.
@@ -128,6 +152,7 @@ class FileLayout:
     """
 
     segment: Int[np.ndarray, "n"]
+    inverted: Bool[np.ndarray, "n"]
     image: Int[np.ndarray, "n"]
     flip: Bool[np.ndarray, "n"]
     key: UInt32[np.ndarray, "n 2"]
@@ -140,13 +165,19 @@ def file_layout(plan: PairPlan, number: int) -> FileLayout:
     """The layout of file `number`, from (plan, number) alone."""
     first, n = (number - 1) * plan.file_size, plan.count(number)
     random = np.random.default_rng([plan.seed % 2**32, number])
-    segment = random.permutation(np.repeat(np.arange(plan.k, dtype=np.int32), n // plan.k))
+    k = 1 if plan.is_trajectory else plan.k
+    segment = random.permutation(np.repeat(np.arange(k, dtype=np.int32), n // k))
+    mirrored = random.random(n) < 0.5
+    inverted = np.zeros(n, bool)
+    for i in range(k):
+        rows = random.permutation(np.flatnonzero(segment == i))
+        inverted[rows[: round(plan.inverted_pairs * len(rows))]] = True
     position = first + np.arange(n)
-    image = np.where(segment > 0, position % plan.dataset_size, -1).astype(np.int32)
-    flip = plan.flip & (random.random(n) < 0.5) & (image >= 0)
+    image = np.where((segment > 0) | inverted, position % plan.dataset_size, -1).astype(np.int32)
+    flip = plan.flip & mirrored & (image >= 0)
     key = np.stack([np.full(n, plan.seed % 2**32), position], axis=1).astype(np.uint32)
     boundaries = np.asarray(plan.boundaries, np.float32)
-    return FileLayout(segment, image, flip, key, boundaries[segment + 1], boundaries[segment], first)
+    return FileLayout(segment, inverted, image, flip, key, boundaries[segment + 1], boundaries[segment], first)
 
 
 def file_images(images: datasets.ImageSource, first: int, image: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n h w c"]:

@@ -1,13 +1,15 @@
-"""Pair sets for training: opened, checked, and read as an endless shuffled stream in constant memory."""
+"""Sets of pairs or trajectories, read as an endless shuffled stream in constant memory."""
 
+import abc
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from etils import epath
@@ -29,42 +31,48 @@ FILES, PAIRS = 0, 1  # what is shuffled: part of the seed
 logger = logging.getLogger("seqrf")
 
 
-class PairSet:
-    """The pair set in a folder (docs/method.md, sections 8 and 9).
-
-    Opening checks the manifest and the size and structure of every file. Each file's checksums are verified when it is
-    first read. A set without a manifest is accepted if its files have the right names and arrays.
-
-    Args:
-      folder: of the files, perhaps behind a symbolic link or on a read-only disk.
-      partial: use the existing files of a set that is not complete.
-      expect: entries that the manifest must have, such as {"k": 4, "teacher": "..."}; of a set without a manifest only
-        k, boundaries and image_shape can be compared.
-      images: the data set that the pairs were made from; needed to read sets that do not store their noise.
+@dataclasses.dataclass(frozen=True)
+class OpenFile:
+    """A file of a set, open for reading.
 
     Attributes:
-      manifest: what the set is; of a set without one, what its files tell.
+      file: to be closed.
+      small: name -> [n, ...], arrays in memory.
+      read: name -> (rows [m], out, out_rows [m]) -> None, sets out[out_rows] to rows of an array on the disk.
+    """
+
+    file: npz.PairFile
+    small: dict[str, np.ndarray]
+    read: dict[str, Callable]
+
+
+class FileSet(abc.ABC):
+    """The files in a folder and their manifest, opened and checked, and read as an endless shuffled stream.
+
+    Opening checks the manifest and the size and structure of every file. Each file's checksums are verified when it is
+    first read.
+
+    Attributes:
+      folder: of the files.
+      manifest: what the set is.
       boundaries: [k + 1] of its segments, in t.
       k: the number of segments.
       image_shape: (H, W, C).
-      counts: [files] the pairs of every file.
-
-    Raises:
-      InputError: no pairs, an incomplete or damaged set, or another one than expected; the message has the remedy.
+      counts: [files] the pairs, or trajectories, of every file.
     """
 
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        partial: bool = False,
-        expect: dict[str, Any] | None = None,
-        images: datasets.ImageSource | None = None,
-    ):
+    reflow_pairs: ClassVar[str]  # the setting `training.reflow_pairs` that makes such a set
+    arrays: dict[str, tuple[tuple[int, ...], type]]  # of a batch: name -> (shape of a row, dtype)
+
+    def __init__(self, folder: epath.PathLike, partial: bool = False, expect: dict[str, Any] | None = None):
         self.folder = epath.Path(folder)
         self._numbers = npz.pair_file_numbers(self.folder)
         manifest = pairmanifest.read_manifest(self.folder)
         if not self._numbers:
-            raise InputError(f"there are no pairs in {self.folder}; make them with training.reflow_mode=gen_reflow")
+            raise InputError(
+                f"there are no pairs in {self.folder}; make them with training.reflow_mode=gen_reflow and "
+                f"training.reflow_pairs={self.reflow_pairs}"
+            )
         _check_complete(self.folder, manifest, self._numbers, partial)
         if manifest is None:
             manifest = _manifest_of_files(self.folder, self._numbers)
@@ -73,25 +81,44 @@ class PairSet:
         self.boundaries = segments.validate_boundaries(manifest["boundaries"])
         self.k = len(self.boundaries) - 1
         self.image_shape = tuple(manifest["image_shape"])
-        _check_expected(self.folder, manifest, expect or {})
-        self._images = images
-        if images is not None and not manifest["store_noise"]:
-            _check_images(manifest, images)
+        self.check_expected({"reflow_pairs": self.reflow_pairs} | (expect or {}), "this run has")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
             count = functools.partial(pairmanifest.check_file, self.folder, manifest)
             self.counts = np.array(list(pool.map(count, self._numbers)))
         self._verified = set()  # files whose checksums have been verified
 
-    def __len__(self):
-        """The number of pairs."""
+    def __len__(self) -> int:
+        """The number of pairs, or trajectories."""
         return int(self.counts.sum())
+
+    def check_expected(self, expect: dict[str, Any], source: str) -> None:
+        """Compares entries of the manifest with `expect`; of a set without a manifest those that its files tell.
+
+        Args:
+          expect: entry -> value, such as {"k": 4, "teacher": "..."}.
+          source: of these values, for the message: "this run has".
+
+        Raises:
+          InputError: an entry differs.
+        """
+        for name, wanted in expect.items():
+            found = pairmanifest.value_of(self.manifest, name)
+            if name == "boundaries":
+                same = len(found) == len(wanted) and np.allclose(found, wanted, rtol=0, atol=1e-6)
+            else:
+                same = found == (list(wanted) if isinstance(wanted, tuple) else wanted)
+            if not same and (found is not None or "format" in self.manifest):
+                raise InputError(
+                    f"the pairs in {self.folder} were made with {name} = {found}, but {source} {wanted}; use the "
+                    "settings that they were made with, or make new pairs in another workdir"
+                )
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, shard: tuple[int, int] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """The endless stream of this host's batches, from batch `start` on.
 
-        Every epoch has every pair of the set once, over all hosts together; it begins where the last one ended, even
+        Every epoch has everything in the set once, over all hosts together; it begins where the last one ended, even
         within a batch. A batch does not depend on those read before it. The hosts' batches side by side are the same
         for any number of hosts. A thread makes batches ahead; it ends with the iterator.
 
@@ -102,23 +129,21 @@ class PairSet:
           shard: (index of this host, number of hosts); None: as in `parallel.this_host`.
 
         Returns:
-          An iterator of {"x0", "x1": float32 [B, H, W, C], "t0", "t1": float32 [B], "index": int32 [B]}.
+          An iterator of batches {name: [B, ...]}, see the class.
 
         Raises:
-          ValueError: invalid batch_size, start or shard; no images to rebuild the noise from.
+          ValueError: invalid batch_size, start or shard.
           InputError: while iterating, a damaged file.
         """
         host = parallel.this_host()
         host_index, hosts = shard or (host.index, host.count)
         if batch_size < 1 or start < 0 or not 0 <= host_index < hosts:
             raise ValueError(f"invalid batch_size = {batch_size}, start = {start} or shard = {(host_index, hosts)}")
-        if self._images is None and not self.manifest["store_noise"]:
-            raise ValueError(f"the pairs in {self.folder} do not store their noise: give the images they start from")
         firsts = ((n * hosts + host_index) * batch_size for n in itertools.count(start))
         return _made_ahead(_Stream(self, seed), firsts, batch_size)
 
-    def open_pairs(self, file_index: int) -> "_OpenPairs":
-        """File number `file_index` = 0, 1, ... of those in the set, its checksums verified once per `PairSet`.
+    def open_file(self, file_index: int) -> OpenFile:
+        """File number `file_index` = 0, 1, ... of those in the set, its checksums verified once per `FileSet`.
 
         Raises:
           InputError: the file is damaged.
@@ -128,13 +153,66 @@ class PairSet:
         try:
             if file_index not in self._verified:
                 file.check_crc()
-            segment = segment_of_pairs(file, self.boundaries)
-            starts = None if file.stores_noise else _RebuiltStarts(file, number, self.manifest, self._images)
+            opened = self._opened(file, number)
         except BaseException:
             file.close()
             raise
         self._verified.add(file_index)
-        return _OpenPairs(file, segment, starts)
+        return opened
+
+    @abc.abstractmethod
+    def _opened(self, file: npz.PairFile, number: int) -> OpenFile:
+        """The file `number`, whose checksums are verified, ready to be read."""
+
+
+class PairSet(FileSet):
+    """The pair set in a folder (docs/method.md, sections 8 and 9); see `FileSet`.
+
+    Its batches are {"x0", "x1": float32 [B, H, W, C], "t0", "t1": float32 [B], "index": int32 [B]}. A set without a
+    manifest is accepted if its files have the right names and arrays.
+
+    Args:
+      folder: of the files, perhaps behind a symbolic link or on a read-only disk.
+      partial: use the existing files of a set that is not complete.
+      expect: entries that the manifest must have, such as {"k": 4, "teacher": "..."}; of a set without a manifest only
+        k, boundaries and image_shape can be compared.
+      images: the data set that the pairs were made from; needed to read sets that do not store their noise.
+
+    Raises:
+      InputError: no pairs, an incomplete or damaged set, or another one than expected; the message has the remedy.
+    """
+
+    reflow_pairs = "segments"
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        partial: bool = False,
+        expect: dict[str, Any] | None = None,
+        images: datasets.ImageSource | None = None,
+    ):
+        super().__init__(folder, partial, expect)
+        self._images = images
+        if images is not None and not self.manifest["store_noise"]:
+            _check_images(self.manifest, images)
+        times = {"t0": ((), np.float32), "t1": ((), np.float32), "index": ((), np.int32)}
+        self.arrays = {"x0": (self.image_shape, np.float32), "x1": (self.image_shape, np.float32)} | times
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, shard: tuple[int, int] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """As `FileSet.batches`; ValueError also where there are no images to rebuild the noise from."""
+        if self._images is None and not self.manifest["store_noise"]:
+            raise ValueError(f"the pairs in {self.folder} do not store their noise: give the images they start from")
+        return super().batches(batch_size, seed, start, shard)
+
+    def _opened(self, file, number):
+        segment = segment_of_pairs(file, self.boundaries)
+        small = {"index": segment, "t0": self.boundaries[segment + 1], "t1": self.boundaries[segment]}
+        read = {name: functools.partial(file.read_rows, name) for name in ("x0", "x1")}
+        if not file.stores_noise:
+            read["x1"] = _RebuiltStarts(file, number, self.manifest, self._images).read
+        return OpenFile(file, small, read)
 
 
 def segment_of_pairs(file: npz.PairFile, boundaries: Float[np.ndarray, "boundaries"]) -> Int[np.ndarray, "n"]:
@@ -155,6 +233,8 @@ def _manifest_of_files(folder, numbers):
     spans, shapes = set(), {}
     for number in numbers:
         with npz.PairFile(folder / npz.file_name(number)) as file:
+            if file.states is not None:
+                raise file.broken("it has trajectories")
             if not file.stores_noise:
                 raise InputError(f"{file.path} does not store its noise, which cannot be rebuilt without a manifest")
             times = [file.array(name).astype(np.float32) for name in ("t1", "t0")]
@@ -189,21 +269,6 @@ def _check_complete(folder, manifest, numbers, partial):
         raise InputError(f"{state}, but was not completed; {remedy}")
 
 
-def _check_expected(folder, manifest, expect):
-    for name, wanted in expect.items():
-        found = manifest.get(name)
-        if name == "boundaries":
-            same = len(found) == len(wanted) and np.allclose(found, wanted, rtol=0, atol=1e-6)
-        else:
-            same = found == (list(wanted) if isinstance(wanted, tuple) else wanted)
-        # Of a set without a manifest more than its files tell cannot be compared.
-        if not same and (found is not None or "format" in manifest):
-            raise InputError(
-                f"the pairs in {folder} were made with {name} = {found}, but this run has {wanted}; use the settings "
-                "that they were made with, or make new pairs in another workdir"
-            )
-
-
 def _check_images(manifest, images):
     if images.identity != manifest["dataset"]:
         raise InputError(
@@ -225,8 +290,8 @@ class _RebuiltStarts:
         self._images = pairplan.file_images(images, first, image)
         self._settings = {name: manifest[name] for name in ("centered", "dequantize", "dtype")}
 
-    def rows(self, rows):
-        """x1 of the given rows, bit for bit what the solver started from.
+    def read(self, rows, out, out_rows):
+        """out[out_rows] = x1 of the rows, bit for bit what the solver started from.
 
         Raises:
           InputError: the bits differ from those that were solved from.
@@ -240,77 +305,61 @@ class _RebuiltStarts:
                 "images, the decoder of their files (TensorFlow Datasets, libjpeg) or NumPy's random numbers differ "
                 f"(this is NumPy {np.__version__}); use the versions it was made with, or make the pairs again"
             )
-        return x1
-
-
-class _OpenPairs:
-    """A file of the set, open for reading."""
-
-    def __init__(self, file, segment, starts):
-        self.file, self.segment, self._starts = file, segment, starts
-
-    def read(self, name, rows, out, out_rows):
-        """out[out_rows] = the file's rows of x0 or x1."""
-        if name == "x1" and self._starts is not None:
-            out[out_rows] = self._starts.rows(rows)
-        else:
-            self.file.read_rows(name, rows, out, out_rows)
+        out[out_rows] = x1
 
 
 class _Group:
-    """Some open files of a set, their pairs shuffled together."""
+    """Some open files of a set, their rows shuffled together."""
 
-    def __init__(self, pair_set, file_indices, seed):
+    def __init__(self, file_set, file_indices, seed):
         with contextlib.ExitStack() as opened:
             self._files = []
             self._readers = opened.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pairs-rows"))
             for file_index in file_indices:
-                self._files.append(pair_set.open_pairs(file_index))
+                self._files.append(file_set.open_file(file_index))
                 opened.callback(self._files[-1].file.close)
             self.close = opened.pop_all().close
-        self._segment = np.concatenate([pairs.segment for pairs in self._files])
-        self._firsts = np.cumsum([0] + [pairs.file.count for pairs in self._files])
+        names = self._files[0].small
+        self._small = {name: np.concatenate([opened.small[name] for opened in self._files]) for name in names}
+        self._firsts = np.cumsum([0] + [opened.file.count for opened in self._files])
         self._order = np.random.default_rng(seed).permutation(self._firsts[-1])
 
     def fill(self, batch, offset, first, count):
-        """Copies the group's shuffled pairs first..first+count-1 to the rows from `offset` on of the batch."""
+        """Copies the group's shuffled rows first..first+count-1 to the rows from `offset` on of the batch."""
         rows = self._order[first : first + count]
-        batch["index"][offset : offset + count] = self._segment[rows]
+        for name, array in self._small.items():
+            batch[name][offset : offset + count] = array[rows]
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         reads = []
         for n in np.unique(owner):
             mine = np.flatnonzero(owner == n)
-            for name in ("x0", "x1"):  # at the same time
-                arguments = (name, rows[mine] - self._firsts[n], batch[name], offset + mine)
-                reads.append(self._readers.submit(self._files[n].read, *arguments))
+            for name, read in self._files[n].read.items():  # at the same time
+                reads.append(self._readers.submit(read, rows[mine] - self._firsts[n], batch[name], offset + mine))
         for read in reads:
             read.result()
 
 
 class _Stream:
-    """The pairs of all epochs, one after another, as one endless sequence; any part of it opens few files."""
+    """The rows of all epochs, one after another, as one endless sequence; any part of it opens few files."""
 
-    def __init__(self, pair_set, seed):
-        self._set, self._seed = pair_set, seed % 2**32
+    def __init__(self, file_set, seed):
+        self._set, self._seed = file_set, seed % 2**32
         self._groups = {}  # (epoch, group) -> its future; the current one and the next
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="pairs-open")
         self._order = functools.lru_cache(2)(self._order_of_epoch)  # only this epoch and the next are used
 
     def read(self, first, count):
-        """The pairs at positions first..first+count-1 of the sequence."""
-        pair_set = self._set
-        batch = {name: np.empty((count, *pair_set.image_shape), np.float32) for name in ("x0", "x1")}
-        batch["index"] = np.empty(count, np.int32)
+        """The rows at positions first..first+count-1 of the sequence."""
+        batch = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in self._set.arrays.items()}
         done = 0
         while done < count:
-            epoch, position = divmod(first + done, len(pair_set))
+            epoch, position = divmod(first + done, len(self._set))
             ends = self._order(epoch)[1]
             group = int(np.searchsorted(ends, position, side="right"))
             begin = ends[group - 1] if group else 0
             part = int(min(count - done, ends[group] - position))
             self._group(epoch, group).fill(batch, done, position - begin, part)
             done += part
-        batch["t0"], batch["t1"] = pair_set.boundaries[batch["index"] + 1], pair_set.boundaries[batch["index"]]
         return batch
 
     def close(self):
@@ -344,7 +393,7 @@ class _Stream:
 
 
 def _made_ahead(stream, firsts, count):
-    """Batches of `count` pairs of the stream, from the positions `firsts` on; a thread is always a few ahead."""
+    """Batches of `count` rows of the stream, from the positions `firsts` on; a thread is always a few ahead."""
     with contextlib.closing(stream), ThreadPoolExecutor(1, thread_name_prefix="pairs-read") as reader:
         waiting = collections.deque()
         try:

@@ -17,7 +17,6 @@ from pairs import npz
 from pairs.plan import PairPlan
 from utils import InputError
 
-PICTURE = "pairs.png"
 POLL_SECONDS = 0.5
 STALE_SECONDS = 600  # a temporary file of this age was left behind by a killed run
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,7 +85,7 @@ def wait_for_files(plan: PairPlan, numbers: Iterable[int]) -> None:
 def remove_temporaries(plan: PairPlan, *, complete: bool = False) -> None:
     """Removes the temporary files that killed runs have left: old ones, and of a complete set all pair files'."""
     stale = time.time() - STALE_SECONDS
-    for path in [*plan.folder.glob(".*.tmp"), *plan.folder.parent.glob(f".{PICTURE}.*.tmp")]:
+    for path in [*plan.folder.glob(".*.tmp"), *plan.folder.parent.glob(".*.png.*.tmp")]:
         with contextlib.suppress(FileNotFoundError):  # another worker may remove them too
             if path.stat().mtime <= stale or (complete and ".npz." in path.name):
                 path.unlink()

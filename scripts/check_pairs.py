@@ -29,7 +29,7 @@ def check_file(folder: epath.Path, manifest: dict | None, number: int) -> None:
     """
     with npz.PairFile(folder / npz.file_name(number)) as file:
         file.check_crc()
-        if manifest:
+        if manifest and file.states is None:
             reader.segment_of_pairs(file, np.asarray(manifest["boundaries"], np.float32))
     if manifest:
         pairmanifest.check_file(folder, manifest, number)

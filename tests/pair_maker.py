@@ -19,7 +19,7 @@ import datasets
 import reflow
 import segments
 from pairs.plan import plan_pairs
-from pairs.reader import PairSet
+from pairs.reader import FileSet, PairSet
 
 MEAN, STD = 0.3, 0.5  # of the teacher's data, every pixel alike
 SHAPE = (6, 5, 1)
@@ -111,7 +111,7 @@ def arrays_of(folder) -> dict[str, np.ndarray]:
 
 def stream(pair_set, count, *arguments, **options) -> list[dict[str, np.ndarray]]:
     """The first `count` batches of a set, given open or as its folder."""
-    pair_set = pair_set if isinstance(pair_set, PairSet) else PairSet(pair_set)
+    pair_set = pair_set if isinstance(pair_set, FileSet) else PairSet(pair_set)
     with contextlib.closing(pair_set.batches(*arguments, **options)) as batches:
         return list(itertools.islice(batches, count))
 

@@ -13,8 +13,11 @@ from pair_maker import arrays_of, digests
 from scipy.integrate import solve_ivp
 
 import reflow
+import sampling
 import segments
 import utils
+from pairs import plan as pairplan
+from pairs.manifest import read_manifest
 from pairs.reader import PairSet
 from utils import InputError
 
@@ -187,3 +190,71 @@ def test_a_solve_that_misses_its_tolerance_stores_nothing(tmp_path):
     with pytest.raises(InputError, match="did not reach"):
         reflow.generate(plan, pair_maker.Images(), make_velocity, np.float32(1), batch_size=4, progress=False)
     assert not list((tmp_path / "p").glob("*.npz"))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("centered", [True, False])
+def test_inverted_pairs_end_at_real_points_and_solved_forward_come_back_to_them(tmp_path, k, centered):
+    boundaries = segments.uniform_boundaries(k)
+    settings = {"boundaries": boundaries, "pairs": 24, "file_size": 24, "centered": centered, "flip": False}
+    pair_maker.generate(tmp_path / "p", inverted_pairs=0.5, **settings)
+    pairs = arrays_of(tmp_path / "p")
+    plan = pair_maker.plan(tmp_path / "p", inverted_pairs=0.5, **settings)
+    layout = pairplan.file_layout(plan, 1)
+    assert np.bincount(layout.segment[layout.inverted]).tolist() == [12 // k] * k
+    images = pair_maker.Images().read(0, 24) / 255
+    for row in np.flatnonzero(layout.inverted):
+        t0, x0, x1 = pairs["t0"][row], pairs["x0"][row], pairs["x1"][row]
+        data = images[row] * 2 - 1 if centered else images[row]
+        noise = np.random.Generator(np.random.Philox(key=[7, row])).standard_normal(x0.shape, np.float32)
+        np.testing.assert_allclose(x0, segments.noisy_image(data, noise, segments.tau_of_t(t0)), atol=1e-6)
+        if t0 == 0:
+            np.testing.assert_allclose(x0, data, atol=1e-6)
+        # The closed form, backwards; and the solver, forward again.
+        np.testing.assert_allclose(x1, pair_maker.flow(x0[None], t0, pairs["t1"][row])[0], atol=5e-3)
+        velocity = pair_maker.make_velocity({"one": 1.0})
+        again = sampling.solve_segment(velocity, x1[None], pairs["t1"][row], t0, layout.segment[row], tol=1e-4)
+        np.testing.assert_allclose(again.x[0], x0, atol=1e-3)
+    ordinary = ~layout.inverted
+    ends = pair_maker.flow(pairs["x1"][ordinary], pairs["t1"][ordinary], pairs["t0"][ordinary])
+    np.testing.assert_allclose(pairs["x0"][ordinary], ends, atol=1e-3)
+
+
+def test_ordinary_pairs_start_from_the_same_points_whatever_the_share_of_inverted_ones(whole_set, tmp_path):
+    pair_maker.generate(tmp_path / "p", inverted_pairs=0.25)
+    with_inverted, without = arrays_of(tmp_path / "p"), arrays_of(whole_set)
+    plan = pair_maker.plan(tmp_path / "p", inverted_pairs=0.25)
+    layouts = [pairplan.file_layout(plan, number) for number in range(1, 6)]
+    assert [np.bincount(layout.segment[layout.inverted]).tolist() for layout in layouts] == [[1, 1, 1]] * 5
+    ordinary = ~np.concatenate([layout.inverted for layout in layouts])
+    for name in ("t0", "t1"):
+        np.testing.assert_array_equal(with_inverted[name], without[name])
+    np.testing.assert_array_equal(with_inverted["x1"][ordinary], without["x1"][ordinary])
+    assert read_manifest(tmp_path / "p")["inverted_pairs"] == 0.25
+    assert "inverted_pairs" not in read_manifest(whole_set)
+    with pytest.raises(InputError, match=r"inverted_pairs = 0\.25, but this run makes them with 0\.0"):
+        pair_maker.generate(tmp_path / "p")
+    with pytest.raises(InputError, match=r"inverted_pairs = 0\.0, but this run makes them with 1\.0"):
+        pair_maker.generate(whole_set, inverted_pairs=1.0)
+
+
+def test_a_set_of_inverted_pairs_alone_is_resumed_to_the_same_bytes(tmp_path):
+    pair_maker.generate(tmp_path / "p", inverted_pairs=1.0, dtype="float16")
+    for worker in ((2, 2), (1, 2)):
+        pair_maker.generate(tmp_path / "q", inverted_pairs=1.0, dtype="float16", worker=worker)
+    assert digests(tmp_path / "q") == digests(tmp_path / "p")
+    pairs = arrays_of(tmp_path / "p")
+    assert pairs["x0"].dtype == np.float16
+    ends = pair_maker.flow(pairs["x1"].astype(np.float64), pairs["t1"], pairs["t0"])
+    np.testing.assert_allclose(pairs["x0"], ends, atol=5e-3)
+
+
+def test_files_have_the_arrays_of_their_format_in_its_order(whole_set, tmp_path):
+    """The order decides the bytes of a file: sets that were begun by an older version go on with the same."""
+    pair_maker.generate(tmp_path / "p", store_noise=False, pairs=3)
+    assert np.load(whole_set / "reflow_batch_1.npz").files == ["x0", "x1", "t0", "t1"]
+    keyed = ["x0", "image", "flip", "key", "x1_crc", "t0", "t1"]
+    assert np.load(tmp_path / "p" / "reflow_batch_1.npz").files == keyed
+    names = ["complete", "boundaries", "pairs", "file_size", "image_shape", "dataset", "dataset_size", "centered"]
+    names += ["flip", "dequantize", "seed", "teacher", "tol", "solver", "error_norm", "dtype", "store_noise", "k"]
+    assert list(read_manifest(whole_set)) == [*names, "files", "format", "contents"]
