@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Float
@@ -68,7 +69,7 @@ def kernel_distance_and_error(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, 
     n, m = len(a), len(b)
     within_a, within_b, (cross_a, cross_b) = _kernel_sums(a), _kernel_sums(b), _cross_kernel_sums(a, b)
 
-    def estimate(sum_a, sum_b, sum_cross, n, m):
+    def estimate(sum_a: Any, sum_b: Any, sum_cross: Any, n: int, m: int) -> Any:
         return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_cross / (n * m)
 
     total_a, total_b, cross = within_a.sum(), within_b.sum(), cross_a.sum()
@@ -183,7 +184,11 @@ def feature_distances(
 
 
 def floor(
-    real: DataFeatures, data: Any, batch_size: int, count: int | None = None, cache_dir: epath.PathLike | None = None
+    real: DataFeatures,
+    data: ml_collections.ConfigDict,
+    batch_size: int,
+    count: int | None = None,
+    cache_dir: epath.PathLike | None = None,
 ) -> tuple[dict[str, float], int]:
     """The distances of test images to the training images, which samples as good as the data would have.
 
@@ -263,7 +268,7 @@ def trajectory_metrics(
       InputError: the solver could not reach its tolerance.
     """
 
-    def measure(sampler, params, indices):
+    def measure(sampler: Sampler, params: Any, indices: jax.Array) -> sampling.Straightness:
         solved = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
         return sampling.straightness(solved.ts, solved.xs, boundaries)
 

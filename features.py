@@ -15,6 +15,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import tqdm
@@ -49,7 +50,9 @@ class FeatureNetwork:
     features_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def feature_network(data, inception_path: str, cache_dir=None) -> FeatureNetwork:
+def feature_network(
+    data: ml_collections.ConfigDict, inception_path: str, cache_dir: epath.PathLike | None = None
+) -> FeatureNetwork:
     """The network whose features samples of `config.data` are compared in.
 
     Inception for photographs; for grey images a classifier of the set's own labels.
@@ -66,7 +69,7 @@ def feature_network(data, inception_path: str, cache_dir=None) -> FeatureNetwork
 
 
 def real_features(
-    network: FeatureNetwork, source: datasets.ImageSource, batch_size: int, cache_dir=None
+    network: FeatureNetwork, source: datasets.ImageSource, batch_size: int, cache_dir: epath.PathLike | None = None
 ) -> Float[np.ndarray, "n d"]:
     """The features of the data set's images, the first `MAX_REAL` if it has more; computed once, then read from disk.
 
@@ -92,7 +95,9 @@ class DataFeatures:
     features: Float[np.ndarray, "n d"]
 
 
-def data_features(data, inception_path: str, batch_size: int, cache_dir=None) -> DataFeatures:
+def data_features(
+    data: ml_collections.ConfigDict, inception_path: str, batch_size: int, cache_dir: epath.PathLike | None = None
+) -> DataFeatures:
     """The feature network of `config.data` and its features of the training images.
 
     Raises:
@@ -123,13 +128,13 @@ def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> d
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
-        except Exception as error:  # there is nearly nothing that a damaged header cannot make np.load raise
-            logger.warning("%s is damaged (%s) and is made again", path, error)
+        except Exception as error:  # a damaged header can make np.load raise nearly anything
+            logger.warning("%s is damaged (%s); computing it again", path, error)
     computed: dict[str, Any] = compute()
     try:
         write_arrays(path, names=np.array(list(computed)), **computed)
     except OSError as error:
-        logger.warning("%s cannot be kept (%s); it will be computed again next time", path, error)
+        logger.warning("%s cannot be written (%s); it will be computed again next time", path, error)
     return computed
 
 
@@ -181,7 +186,7 @@ class LabelledImages:
     labels: Int[np.ndarray, "n"]
 
 
-def label_classifier(data, cache_dir=None) -> FeatureNetwork:
+def label_classifier(data: ml_collections.ConfigDict, cache_dir: epath.PathLike | None = None) -> FeatureNetwork:
     """The classifier of a labelled data set at its image size, trained on first use with a fixed seed and then cached.
 
     It is trained and run on the CPU, whatever JAX's default device, so that figures of several machines compare.
@@ -218,7 +223,7 @@ def label_classifier(data, cache_dir=None) -> FeatureNetwork:
 
 def _classifier_function(model: LabelClassifier, params) -> Callable:
     @jax.jit
-    def apply(images):
+    def apply(images: jax.Array) -> Any:
         return model.apply({"params": params}, images / jnp.float32(255))
 
     def features_and_logits(images: UInt8[np.ndarray, "n h w c"]):
@@ -248,12 +253,12 @@ def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: Class
     batches = count // recipe.batch_size
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.epochs * batches))
 
-    def loss(params, images, labels):
+    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         _, logits = model.apply({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step(params, state, images, labels):
+    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         updates, state = optimizer.update(jax.grad(loss)(params, images, labels), state)
         return optax.apply_updates(params, updates), state
 
@@ -298,14 +303,14 @@ def inception(path: str) -> FeatureNetwork:
       path: folder of a SavedModel that maps images to {'logits', 'pool_3'}; 'none' for TF-GAN's handle on TF-Hub.
 
     Raises:
-      InputError: the folder holds no such model; or TF-Hub cannot be reached.
+      InputError: the folder holds no such model, or TF-Hub cannot be reached.
     """
     folder = _inception_folder(path)
     tf = tensorflow_on_cpu()
     size = tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE
     model = _loaded_inception(folder, size)
 
-    def apply(images):
+    def apply(images: np.ndarray) -> Any:
         pixels = tf.image.resize(tf.cast(images, tf.float32), (size, size))
         outputs = model(pixels / 127.5 - 1)
         return [tf.reshape(outputs[name], (len(images), -1)) for name in ("pool_3", "logits")]
@@ -317,10 +322,10 @@ def inception(path: str) -> FeatureNetwork:
 
 
 def _inception_folder(path: str) -> epath.Path:
-    """The folder of the SavedModel: the one given, or TF-Hub's copy, downloaded if need be.
+    """The folder of the SavedModel: `path`, or TF-Hub's copy, downloaded if it is missing.
 
     Raises:
-      InputError: there is none.
+      InputError: neither exists.
     """
     if path != "none":
         folder = epath.Path(path).expanduser()
@@ -328,9 +333,9 @@ def _inception_folder(path: str) -> epath.Path:
             raise InputError(f"eval.inception_path = {path} holds no SavedModel (no file saved_model.pb)")
         return folder
     hub = epath.Path(os.environ.get("TFHUB_CACHE_DIR") or epath.Path(tempfile.gettempdir()) / "tfhub_modules")
-    kept = hub / hashlib.sha1(INCEPTION_HANDLE.encode()).hexdigest()
-    if (kept / "saved_model.pb").exists():
-        return kept
+    cached = hub / hashlib.sha1(INCEPTION_HANDLE.encode()).hexdigest()
+    if (cached / "saved_model.pb").exists():
+        return cached
     remedy = (
         "give its folder as --config.eval.inception_path=FOLDER, with the files of "
         "https://www.kaggle.com/models/tensorflow/inception, variation tfgan-eval-inception, unpacked in it"
@@ -360,10 +365,10 @@ def _answers(url: str, seconds: float) -> bool:
 
 
 def _loaded_inception(folder: epath.Path, size: int):
-    """The model in `folder`, once it is known to give what we need for an image of `size`.
+    """The model in `folder`, checked on an image of `size` x `size`.
 
     Raises:
-      InputError: it does not, or cannot be loaded.
+      InputError: it cannot be loaded, or does not return features and logits.
     """
     tf = tensorflow_on_cpu()
     import tensorflow_hub
@@ -374,7 +379,7 @@ def _loaded_inception(folder: epath.Path, size: int):
         missing = [name for name in ("pool_3", "logits") if name not in outputs]
     except (OSError, TypeError, ValueError, tf.errors.OpError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the SavedModel in {folder} is no Inception network: {reason}") from error
+        raise InputError(f"the SavedModel in {folder} is not an Inception network: {reason}") from error
     if missing:
         raise InputError(f"the SavedModel in {folder} does not give {', '.join(missing)}")
     return model

@@ -116,7 +116,7 @@ class Sampler:
         arguments = parallel.replicate((params, self.time_grid))
         indices = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
 
-        def on_device(arguments, indices):
+        def on_device(arguments: Any, indices: Array) -> Any:
             params, time_grid = arguments
             return function(dataclasses.replace(self, time_grid=time_grid), params, indices)
 
@@ -145,7 +145,7 @@ class Sampler:
           InputError: the solver could not reach its tolerance.
         """
 
-        def solve(sampler, params, indices):
+        def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
             return sampler.solve(params, sampler.noise(indices))
 
         per_device = _images_per_device(min(batch_size, count))
@@ -162,7 +162,7 @@ class Sampler:
         `count` images, or as many as fit into TRAJECTORY_BYTES and the memory of the devices.
         """
 
-        def solve(sampler, params, indices):
+        def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
             solved = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
             return solved.ts, solved.xs
 
@@ -189,7 +189,7 @@ class Sampler:
           InputError: states that are not finite.
         """
 
-        def solve(sampler, params, indices):
+        def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
             velocity = models.velocity_fn(sampler.model, params)
             return adaptive.fine_trajectory(velocity, sampler.noise(indices), sampler.boundaries)
 

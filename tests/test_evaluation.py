@@ -4,6 +4,7 @@ import math
 import time
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import scipy.linalg
@@ -168,12 +169,12 @@ BAD = np.array([[0.0, 1.0], [np.nan, 0.0]])
         (np.zeros((5, 2)), BAD, "second set has values that are not finite"),
     ],
 )
-def test_sets_that_cannot_be_compared(distance, a, b, message):
+def test_invalid_sets_are_an_error(distance, a, b, message):
     with pytest.raises(ValueError, match=message):
         distance(a, b)
 
 
-def test_sets_of_different_width_or_bad_logits():
+def test_sets_of_different_width_and_invalid_logits_are_an_error():
     with pytest.raises(ValueError, match="2 and 3 features"):
         evaluation._comparable(np.zeros((5, 2)), np.zeros((5, 3)))
     with pytest.raises(ValueError, match="logits has values that are not finite"):
@@ -222,7 +223,7 @@ def test_the_floor_is_the_distance_of_test_images_in_the_same_features(tmp_path,
 
     train = features.DataFeatures(features.FeatureNetwork("raw", "1", network), network(splits["train"])[0])
     for count in (30, 12):
-        found, compared = evaluation.floor(train, None, 8, count, tmp_path)
+        found, compared = evaluation.floor(train, ml_collections.ConfigDict(), 8, count, tmp_path)
         assert compared == count
         assert found == evaluation.feature_distances("raw", train.features, network(splits["test"][:count])[0])
 

@@ -40,7 +40,7 @@ def workdir(tmp_path):
 
 def test_the_last_step_of_every_folder_is_a_row_and_a_point(workdir):
     write(workdir, "1rf_ode", step=2, fid_digits_classifier=9.0)
-    write(workdir, "2seqrf_ode", truncation_error=None)  # what JSON makes of a figure that is not a number
+    write(workdir, "2seqrf_ode", truncation_error=None)  # NaN in JSON
     code, said, errors = report(workdir)
     assert code == 0, errors
     table = (workdir / "report.md").read_text()
@@ -53,7 +53,7 @@ def test_the_last_step_of_every_folder_is_a_row_and_a_point(workdir):
     assert (workdir / "fid_against_nfe.png").stat().st_size > 1000
 
 
-def test_what_was_won_is_checked(workdir):
+def test_the_claims_are_checked(workdir):
     code, said, _ = report(workdir, "--check")
     assert code == 0
     assert "fid_digits_classifier of 2-SeqRF / 1-RF, Euler 2: 0.150" in said
@@ -70,14 +70,14 @@ def test_what_was_won_is_checked(workdir):
         ("2seqrf_ode", {"sequential_straightness": None}),
     ],
 )
-def test_a_gain_that_is_too_small_is_a_failure(workdir, folder, changed):
+def test_a_ratio_above_its_bound_is_a_failure(workdir, folder, changed):
     write(workdir, folder, **changed)
     code, said, _ = report(workdir, "--check")
     assert code == 1
     assert said.count("MISSED") == 1
 
 
-def test_an_empty_workdir_is_one_line(tmp_path):
+def test_an_empty_workdir_is_an_error(tmp_path):
     code, _, errors = report(tmp_path)
     assert code != 0
     assert errors.startswith("error: no <eval_folder>")

@@ -1,3 +1,5 @@
+"""Numbers reach metrics.json and wandb, from the first host only."""
+
 import json
 
 import numpy as np
@@ -12,7 +14,7 @@ def tracker(folder, **options):
 def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc: nobody is asked for a key
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc, so no key
     run = tracker(tmp_path)
     run.log(10, {"loss": np.float32(0.5)})
     run.log(20, {"loss": float("nan")})
@@ -24,7 +26,7 @@ def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypat
     assert runs[0].stat().st_size > 0
 
 
-def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
+def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
     first = tracker(tmp_path)
     for step in (10, 20, 30):
         first.log(step, {"loss": 1.0 / step})
@@ -37,7 +39,7 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     assert lines[-1]["loss"] == 7.0
 
 
-def test_numbers_of_one_step_are_one_line_and_what_was_there_stays(tmp_path):
+def test_numbers_of_one_step_are_one_line_over_all_runs(tmp_path):
     for step, values in ((1, {"a": 1, "b": 1.0}), (2, {"b": 2.0, "c": 3.0})):
         run = tracker(tmp_path)
         run.log(step, {"a": 5})
