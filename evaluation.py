@@ -268,8 +268,8 @@ def trajectory_metrics(
       InputError: the solver could not reach its tolerance.
     """
 
-    def measure(sampler: Sampler, params: Any, indices: jax.Array) -> sampling.Straightness:
-        solved = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
+    def measure(sampler: Sampler, params: Any, indices: jax.Array) -> Any:
+        solved: Any = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
         return sampling.straightness(solved.ts, solved.xs, boundaries)
 
     name = f"straightness over {' '.join(f'{b:.9g}' for b in boundaries)}"  # they are part of the program
