@@ -20,6 +20,8 @@ from exact_flows import (
     sampler_of,
     velocity_fn,
 )
+from sklearn.metrics import pairwise_distances
+from sklearn.neighbors import NearestNeighbors
 
 import datasets
 import evaluation
@@ -27,6 +29,7 @@ import features
 import models
 import sampler
 import sampling
+from tfgan_compat import tensorflow_gan
 from utils import InputError
 
 
@@ -98,6 +101,13 @@ def test_kernel_distance_and_its_error_are_those_of_all_pairs(block, monkeypatch
     assert evaluation.kernel_distance(a, b) == distance
 
 
+def test_kernel_distance_is_tf_gans_of_one_block():
+    a, b = random_features(700, 16, 0), random_features(500, 16, 1, shift=0.2)
+    metric = tensorflow_gan().eval.kernel_classifier_distance_from_activations
+    single = float(metric(a.astype(np.float64), b.astype(np.float64), max_block_size=1000))
+    assert evaluation.kernel_distance(a, b) == pytest.approx(single, rel=1e-9)
+
+
 def test_kernel_distance_is_unbiased_and_its_error_covers_the_truth():
     # With one feature the kernel is sum_j C(3, j) x^j y^j, so the distance is sum_j C(3, j) (difference of E x^j)^2.
     rng = np.random.default_rng(0)
@@ -138,6 +148,19 @@ def test_precision_and_recall_are_those_of_all_pairs(k, block, monkeypatch):
     found = evaluation.precision_recall(real, fake, k)
     assert found == precision_recall_by_loops(real, fake, k)
     assert 0 < found[1] < found[0]  # the fakes are concentrated
+
+
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
+    real, fake = random_features(900, 12, 0), 0.8 * random_features(600, 12, 1, shift=0.2)
+
+    def share(points, centres):
+        neighbours = NearestNeighbors(n_neighbors=4).fit(centres)  # each sample is its own first
+        radii = neighbours.kneighbors(centres)[0][:, 3]
+        return np.mean((pairwise_distances(points, centres) <= radii).any(axis=1))
+
+    found = evaluation.precision_recall(real, fake)
+    assert found == pytest.approx((share(fake, real), share(real, fake)), abs=1e-3)
+    assert 0.05 < found[1] < found[0] < 0.99
 
 
 def test_precision_and_recall_of_equal_and_of_distant_sets():
