@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 import scipy.linalg
+import tensorflow as tf
 from exact_flows import (
     EULER,
     GAUSSIAN,
@@ -104,7 +105,7 @@ def test_kernel_distance_and_its_error_are_those_of_all_pairs(block, monkeypatch
 def test_kernel_distance_is_tf_gans_of_one_block():
     a, b = random_features(700, 16, 0), random_features(500, 16, 1, shift=0.2)
     metric = tensorflow_gan().eval.kernel_classifier_distance_from_activations
-    single = float(metric(a.astype(np.float64), b.astype(np.float64), max_block_size=1000))
+    single = float(metric(*map(tf.constant, (a.astype(np.float64), b.astype(np.float64))), max_block_size=1000))
     assert evaluation.kernel_distance(a, b) == pytest.approx(single, rel=1e-9)
 
 
