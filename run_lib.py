@@ -34,6 +34,7 @@ import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
 from configs.default import is_given
+from evaluation import SHOWN_IMAGES
 from pairs import manifest as pairmanifest
 from pairs.plan import PairPlan, plan_pairs
 from pairs.workers import worker_of
@@ -43,7 +44,6 @@ from utils import InputError
 logger = logging.getLogger("seqrf")
 
 Config = ml_collections.ConfigDict
-SHOWN_IMAGES = 64
 
 
 @dataclasses.dataclass(frozen=True)
