@@ -7,7 +7,7 @@ trajectories (docs/method.md, section 5), straightness and the global truncation
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 # diffrax checks the times of a trajectory, whose order ours have by construction, through the host: a round trip in
 # every solve; and XLA keeps no program that has one in its compilation cache. The variable is read by the import.
@@ -17,10 +17,13 @@ import diffrax
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 import segments
 from utils import InputError
+
+Time = Real[ArrayLike, ""]  # a scalar, perhaps traced
+State = Float[Array, "b *image"]
 
 
 class Dopri5(diffrax.Dopri5):
@@ -49,11 +52,20 @@ class Reinterpolate(diffrax.AbstractSolver):
         """Of convergence, as diffrax asks; the first step's."""
         return 1
 
-    def init(self, terms, t0, t1, y0, args):
+    def init(self, terms: diffrax.AbstractTerm, t0: Time, t1: Time, y0: State, args: Any) -> State:
         """The state before the first step: the segment's start."""
         return y0
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: Time,
+        t1: Time,
+        y0: State,
+        args: tuple[Time, Time],
+        solver_state: State,
+        made_jump: Bool[ArrayLike, ""],
+    ) -> tuple[State, None, dict[str, State], State, diffrax.RESULTS]:
         """One step; `made_jump`: it is the segment's first."""
         tau_start, tau_end = args
         x_start = jnp.where(made_jump, y0, solver_state)
@@ -62,7 +74,7 @@ class Reinterpolate(diffrax.AbstractSolver):
         y1 = (1 - u) * x_end + u * x_start
         return y1, None, {"y0": y0, "y1": y1}, x_start, diffrax.RESULTS.successful
 
-    def func(self, terms, t0, y0, args):
+    def func(self, terms: diffrax.AbstractTerm, t0: Time, y0: State, args: Any) -> State:
         """The velocity."""
         return terms.vf(t0, y0, None)
 
@@ -110,7 +122,7 @@ class Samples(NamedTuple):
         in each segment, which costs no network call.
     """
 
-    x: Float[Array, "b *image"]
+    x: State
     nfe: Int[Array, ""]
     nfe_each: Int[Array, "b"]
     ts: Float[Array, "n"] | None = None
@@ -119,7 +131,7 @@ class Samples(NamedTuple):
 
 def solve(
     velocity: Velocity,
-    x: Float[Array, "b *image"],
+    x: State,
     boundaries: segments.TimesLike,
     *,
     method: str,
@@ -175,9 +187,9 @@ def solve(
 
 def solve_segment(
     velocity: Velocity,
-    x: Float[Array, "b *image"],
-    t_start: Real[ArrayLike, ""],
-    t_end: Real[ArrayLike, ""],
+    x: State,
+    t_start: Time,
+    t_end: Time,
     index: Int[ArrayLike, ""],
     *,
     tol: float,
@@ -365,14 +377,35 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
     norm: Callable
     first_step: Float[Array, ""]
 
-    def wrap(self, direction):
+    def wrap(self, direction: Any) -> "_ScipyControl":
+        """This controller: its lengths hold in either direction."""
         return self
 
-    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+    def init(
+        self,
+        terms: Any,
+        t0: Time,
+        t1: Time,
+        y0: State,
+        dt0: None,
+        args: Any,
+        func: Callable,
+        error_order: Time,
+    ) -> tuple[Time, Bool[Array, ""]]:
         """The first step's end, and the state: whether the previous step was rejected."""
         return t0 + jnp.maximum(self.first_step, _smallest_step(t0)), jnp.array(False)
 
-    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+    def adapt_step_size(
+        self,
+        t0: Time,
+        t1: Time,
+        y0: State,
+        y1_candidate: State,
+        args: Any,
+        y_error: State,
+        error_order: Time,
+        controller_state: Bool[Array, ""],
+    ) -> tuple[Bool[Array, ""], Time, Time, bool, Bool[Array, ""], diffrax.RESULTS]:
         """Keeps the step if its scaled error is below 1; the next is SAFETY error^(-1 / order) times as long."""
         scale = self.atol + self.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1_candidate))
         error = self.norm(y_error / scale)
@@ -513,6 +546,6 @@ def _boundary_states(ts, xs, boundaries):
     return states[:-1], states[1:]
 
 
-def truncation_error(x: Float[Array, "b *image"], reference: Float[Array, "b *image"]) -> Float[Array, ""]:
+def truncation_error(x: State, reference: State) -> Float[Array, ""]:
     """Global truncation error: RMS over pixels and batch of samples minus the REFERENCE solve of the same noises."""
     return jnp.sqrt(jnp.mean((x - reference) ** 2))

@@ -9,7 +9,7 @@ ratios are taken within a round, and medians over rounds are printed.
     host/device  SciPy's solve / ours, and the same for each network call
 
 A line whose overhead is above 1.05 ends in MISSED, and the exit status is 1. A network call is timed in the precision
-that the solver, and SciPy, call it in (`sampling.full_precision`).
+in which the solvers call it (`sampling.full_precision`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 from scipy import integrate
 
 import models
@@ -39,7 +41,7 @@ from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network and how it is solved: sizes for which a solve takes a second or more on two CPU cores."""
+    """A network, and solver settings for which a solve takes a second or more on two CPU cores."""
 
     name: str
     config: ModuleType
@@ -49,34 +51,36 @@ class Case:
 
 
 CASES = [Case("digits", digits_rf_continuous, 256, 20, 1e-3), Case("cifar10", cifar10_rf_continuous, 2, 8, 1e-2)]
-MOST = 1.05  # times its network calls that a solve may take
-HEADS = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
+MAX_OVERHEAD = 1.05
+HEADER = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
 
 
-def random_velocity(config, seed=0):
-    """The configuration's network, every weight off its initial value: fresh ones make a velocity of zero."""
+def random_velocity(config: ConfigDict, seed: int = 0) -> sampling.Velocity:
+    """The configuration's network with all weights perturbed: freshly initialised, its velocity is zero."""
     model = models.create_model(config)
     params = models.init_params(model, jax.random.key(seed), image_shape(config))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    shaken = [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return models.velocity_fn(model, jax.tree.unflatten(tree, shaken))
+    perturbed = [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return models.velocity_fn(model, jax.tree.unflatten(tree, perturbed))
 
 
-def image_shape(config) -> tuple[int, int, int]:
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """(H, W, C) of the configuration's images."""
     return config.data.image_size, config.data.image_size, config.data.num_channels
 
 
-def seconds(job) -> float:
-    """Wall seconds of a job, until what it returns is computed."""
+def seconds(job: Callable) -> float:
+    """Wall seconds of a job, until its results are computed."""
     start = time.perf_counter()
     jax.block_until_ready(job())
     return time.perf_counter() - start
 
 
-def scipy_solve(network, z, boundaries, tol: float) -> tuple[np.ndarray, int]:
-    """(end, network calls) of SciPy's RK45 from the host, as public implementations do it, anew in each segment.
+def scipy_solve(
+    network: Callable, z: Float[Array | np.ndarray, "b h w c"], boundaries: segments.TimesLike, tol: float
+) -> tuple[np.ndarray, int]:
+    """(end, network calls) of SciPy's RK45 from the host, as public implementations do it, restarted in each segment.
 
     The state is flat and in float64; every call is a round trip.
     """
@@ -93,7 +97,7 @@ def scipy_solve(network, z, boundaries, tol: float) -> tuple[np.ndarray, int]:
     return x, calls
 
 
-def solvers(case: Case) -> dict:
+def solvers(case: Case) -> dict[str, dict]:
     """The options of `sampling.solve` for each line of the table, with equal network calls for Euler and Heun."""
     fixed = {"method": "pc", "predictor": "rf_solver", "num_scales": case.steps}
     return {
@@ -104,7 +108,7 @@ def solvers(case: Case) -> dict:
 
 
 def measure(case: Case, rounds: int) -> Iterator[dict]:
-    """A row for each solver, as it is done: NFE, medians of the times in seconds and of the ratios of each round."""
+    """Yields a row for each solver: NFE, and medians over rounds of the times in seconds and of their ratios."""
     config = case.config.get_config()
     velocity = random_velocity(config)
     z = jax.random.normal(jax.random.key(2), (case.batch, *image_shape(config)))
@@ -123,16 +127,16 @@ def measure(case: Case, rounds: int) -> Iterator[dict]:
         yield row(case, name, nfe, host_nfe, times)
 
 
-def one_round(network, solve, nfe: int, host) -> tuple[float, float, float]:
+def one_round(network: Callable, solve: Callable, nfe: int, host: Callable | None) -> tuple[float, float, float]:
     """Seconds of one network call, of the solve and of SciPy's (NaN where there is none)."""
-    # Half of the calls on either side of the solve, so that neither has the better moment.
+    # Half of the calls before and half after the solve, so that a change of the machine's load affects both.
     calls = [seconds(network) for _ in range(nfe // 2)]
     solved = seconds(solve)
     calls += [seconds(network) for _ in range(nfe - nfe // 2)]
     return statistics.mean(calls), solved, seconds(host) if host else float("nan")
 
 
-def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times) -> dict:
+def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times: list[tuple[float, ...]]) -> dict:
     """Medians over the rounds' (seconds of a call, of a solve, of SciPy's), by name."""
     call, solved, host = (statistics.median(column) for column in zip(*times, strict=True))
     found = {
@@ -156,7 +160,7 @@ def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times) -> dict:
 
 
 def line(found: dict) -> str:
-    """A row as a line of the table under HEADS."""
+    """A row as a line of the table under HEADER."""
     text = f"{found['network']:8} {found['batch']:5}  {found['solver']:7} {found['nfe']:4}"
     text += f"  {1e3 * found['call_s']:7.1f}  {found['solve_s']:7.2f}  {found['overhead']:8.3f} |"
     if "host_s" in found:
@@ -166,8 +170,8 @@ def line(found: dict) -> str:
 
 
 def held(found: dict) -> bool:
-    """Whether a row's solve costs its network calls and little more."""
-    return found["overhead"] <= MOST
+    """Whether a row's overhead is within MAX_OVERHEAD."""
+    return found["overhead"] <= MAX_OVERHEAD
 
 
 def main() -> int:
@@ -177,7 +181,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed solves of each kind (default 7)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    print(HEADS, "-" * len(HEADS), sep="\n", flush=True)
+    print(HEADER, "-" * len(HEADER), sep="\n", flush=True)
     rows = []
     for case in CASES[: 1 + arguments.full]:
         for found in measure(case, arguments.rounds):

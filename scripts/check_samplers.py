@@ -13,12 +13,14 @@ measured on others, with the adaptive solver's trajectories. The exit status is 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
 from bench_sampling import scipy_solve
+from jaxtyping import Array, Float
 
 import adaptive
 import checkpoints
@@ -36,12 +38,12 @@ REFERENCE = 1e-7
 NOISES = 128  # that sequential straightness is averaged over
 
 
-def root_mean_square(difference) -> float:
+def root_mean_square(difference: Float[Array | np.ndarray, "..."]) -> float:
     """Over all pixels and images."""
     return float(np.sqrt(np.mean(np.square(difference))))
 
 
-def check_solver(velocity, z, k: int) -> bool:
+def check_solver(velocity: sampling.Velocity, z: Float[np.ndarray, "b h w c"], k: int) -> bool:
     """Prints a line for each tolerance; True if all are within their bounds."""
     network, boundaries, good = jax.jit(sampling.full_precision(velocity)), segments.uniform_boundaries(k), True
     exact, _ = scipy_solve(network, z, boundaries, REFERENCE)
@@ -59,7 +61,7 @@ def check_solver(velocity, z, k: int) -> bool:
     return good
 
 
-def check_adaptive(sampler: Sampler, params, distances, k: int) -> bool:
+def check_adaptive(sampler: Sampler, params: Any, distances: Float[np.ndarray, "m m"], k: int) -> bool:
     """Prints both sequential straightnesses on noises that the boundaries were not chosen on; True if it fell."""
     partition = adaptive.best_partition(distances, k)
     others = Sampler(sampler.model, sampler.boundaries, sampler.image_shape, sampler.options, sampler.seed + 1)
