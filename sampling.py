@@ -65,7 +65,7 @@ class Reinterpolate(diffrax.AbstractSolver):
         args: tuple[Time, Time],
         solver_state: State,
         made_jump: Bool[ArrayLike, ""],
-    ) -> tuple[State, None, dict[str, State], State, diffrax.RESULTS]:
+    ) -> tuple[State, None, dict[str, State], State, Any]:
         """One step; `made_jump`: it is the segment's first."""
         tau_start, tau_end = args
         x_start = jnp.where(made_jump, y0, solver_state)
@@ -402,7 +402,7 @@ class _ScipyControl(diffrax.AbstractAdaptiveStepSizeController):
         y0: State,
         y1_candidate: State,
         args: Any,
-        y_error: State,
+        y_error: State | Any,
         error_order: Time,
         controller_state: Bool[Array, ""],
     ) -> tuple[Bool[Array, ""], Time, Time, bool, Bool[Array, ""], diffrax.RESULTS]:

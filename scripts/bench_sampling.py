@@ -136,7 +136,7 @@ def one_round(network: Callable, solve: Callable, nfe: int, host: Callable | Non
     return statistics.mean(calls), solved, seconds(host) if host else float("nan")
 
 
-def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times: list[tuple[float, ...]]) -> dict:
+def row(case: Case, solver: str, nfe: int, host_nfe: int | None, times: list[tuple[float, float, float]]) -> dict:
     """Medians over the rounds' (seconds of a call, of a solve, of SciPy's), by name."""
     call, solved, host = (statistics.median(column) for column in zip(*times, strict=True))
     found = {
