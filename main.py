@@ -40,11 +40,13 @@ def main(argv):
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _end(f"{error.strerror}: {error.filename or FLAGS.workdir}; the same command goes on from the last whole file")
+        _end(
+            f"{error.strerror}: {error.filename or FLAGS.workdir}; the same command resumes from the last complete file"
+        )
 
 
 def _end(message):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}".replace(" ;", ";"), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -53,7 +55,8 @@ def _parsed_flags(argv):
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _end(f"{error}; see --help")
+        message, _, trace = str(error).partition("Traceback (most recent call last):")
+        _end(f"{message} {trace.strip().splitlines()[-1] if trace else ''}; see --help")  # of a trace the last line
     except (AttributeError, KeyError) as error:
         # All that ml_collections says of an unknown override is its last part, in quotes.
         unknown = next((a for a in argv if a.startswith("--config.") and str(error).strip("\"'") in a), str(error))

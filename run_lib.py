@@ -263,7 +263,7 @@ def _calls(training, data: sources.TrainingData, step: int) -> Iterator[tuple[di
 
 def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable:
     config, training = run.config, run.config.training
-    steps = len(data.boundaries) - 1, training.distill_steps
+    num_steps = (len(data.boundaries) - 1) * training.distill_steps
     return losses.make_train_step(
         run.model,
         stage.targets(config),
@@ -272,7 +272,7 @@ def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable
         seed=config.seed,
         ema_rate=config.model.ema_rate,
         variable_ema_rate=config.model.variable_ema_rate,
-        on_policy=losses.OnPolicy(tuple(map(float, data.boundaries)), num_steps=steps[0] * steps[1]),
+        on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,
     )
 
 
@@ -419,9 +419,7 @@ def _generate_pairs(config, workdir: epath.Path, log_name: str):
     plan = _pair_plan(config, workdir, images, boundaries, teacher)
     index, workers = worker = worker_of(config.training.gen_worker)
     # Workers that do not know each other share the folder.
-    name = ("_trajectories" if (config.training.reflow_pairs == "trajectory") else "") + (
-        f"_{index}_of_{workers}" if workers > 1 else ""
-    )
+    name = ("_trajectories" if plan.is_trajectory else "") + (f"_{index}_of_{workers}" if workers > 1 else "")
     run_name, file_name = f"{log_name}-pairs{name}", f"metrics{name}.json"
     with contextlib.closing(_tracker(config, workdir / "samples", workdir, run_name, file_name=file_name)) as tracker:
         summary = reflow.generate(
@@ -439,9 +437,7 @@ def _generate_pairs(config, workdir: epath.Path, log_name: str):
             existing = plan.pairs - sum(map(plan.count, pairmanifest.missing_files(plan)))
             tracker.log(existing, made)
             _log_pictures(tracker, existing, workdir / "samples")
-    logger.info(
-        "the %s are in %s", "trajectories" if (config.training.reflow_pairs == "trajectory") else "pairs", plan.folder
-    )
+    logger.info("the %s are in %s", "trajectories" if plan.is_trajectory else "pairs", plan.folder)
 
 
 def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teacher) -> PairPlan:
@@ -453,7 +449,7 @@ def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teache
         pairs=training.n_reflow_data,
         file_size=training.reflow_file_size,
         dtype=training.reflow_dtype,
-        store_noise=is_trajectory or training.reflow_store_noise,
+        store_noise=training.reflow_store_noise,
         image_shape=sources.image_shape(config),
         dataset=images.identity,
         dataset_size=images.size,

@@ -20,6 +20,7 @@ from configs.check import on_policy_rows
 from configs.default import is_given
 from pairs.manifest import read_manifest
 from pairs.reader import PairSet
+from pairs.trajectories import TrajectorySet, check_same_teacher
 from utils import InputError
 
 logger = logging.getLogger("seqrf")
@@ -150,12 +151,14 @@ class TrainingData:
       batches: first update -> endless iterator of batches [devices, n_jitted_steps, B, ...].
       teacher: the fingerprint of the weights that made the pairs; None for images.
       folder: of the pairs.
+      on_policy: whether batches have "states", for `losses.on_policy_pairs`.
     """
 
     boundaries: Float[np.ndarray, "boundaries"]
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
     teacher: str | None = None
     folder: epath.Path | None = None
+    on_policy: bool = False
 
     def check_fit(self, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool) -> None:
         """Checks that the weights that a reflow stage starts from belong to its pairs.
@@ -211,8 +214,6 @@ def distillation_data(config, workdir: epath.Path) -> TrainingData:
     stored = config.training.batch_size - on_policy
     if not on_policy:
         return pair_data(config, workdir)
-    from pairs.trajectories import TrajectorySet, check_same_teacher
-
     trajectories = _open_set(TrajectorySet, "trajectories", config, workdir / TRAJECTORIES)
     if not stored:
         return _set_data(config, [(trajectories, on_policy)])
@@ -251,8 +252,9 @@ def _set_data(config, sets: list[tuple[Any, int]]) -> TrainingData:
             stack = list(itertools.islice(merged, updates))
             yield {name: parallel.split_rows(np.stack([batch[name] for batch in stack])) for name in stack[0]}
 
-    first, _ = sets[0]
-    return TrainingData(first.boundaries, batches, first.manifest["teacher"], first.folder)
+    (first, _), (last, _) = sets[0], sets[-1]
+    on_policy = isinstance(last, TrajectorySet)
+    return TrainingData(first.boundaries, batches, first.manifest["teacher"], first.folder, on_policy)
 
 
 def image_shape(config) -> tuple[int, int, int]:

@@ -49,6 +49,7 @@ def run(*arguments, workdir):
         ([DIGITS, "--mode=train", "--config.training.reflow_t=two"], "--config.training.reflow_t=two"),
         ([DIGITS, "--mode=fly"], "one of <train|eval>"),
         (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),
+        ([f"{DIGITS}:papre", "--mode=train"], "unknown recipe 'papre': use one of paper, 2rf++, on_policy; see --help"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=0"], "--config.training.reflow_t=0"),
         (
             [DIGITS, "--mode=eval", *FOUR_SEGMENTS, "--config.sampling.method=pc", "--config.model.num_scales=3"],

@@ -154,6 +154,87 @@ def test_a_run_that_stopped_goes_on_to_the_same_result(workdir, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, went_on.nu, undisturbed.nu)
 
 
+@pytest.fixture(scope="module")
+def trajectories(workdir, tmp_path_factory):
+    """A workdir with the stages before distillation, their pairs and the trajectories of the same teacher."""
+    folder = tmp_path_factory.mktemp("on_policy")
+    for part in ("1_rf", "2_rf", "samples"):
+        shutil.copytree(workdir / part, folder / part)
+    run_lib.train(reflow_config("gen_reflow", training={"reflow_pairs": "trajectory"}), folder)
+    return folder
+
+
+OPTIONS = {
+    "training": {"on_policy": 0.5, "distill_steps": 2, "loss": "huber", "init_from_ema": True},
+    "model": {"ema_rates": (0.5, 0.9)},
+    "optim": {"schedule": "cosine", "warmup": 1},
+}
+
+
+def test_a_distillation_with_every_option_resumes_to_the_same_result(trajectories, tmp_path):
+    def distill(folder, n_iters):
+        config = reflow_config("train_distill", **OPTIONS)
+        config.training.update(n_iters=n_iters, n_jitted_steps=1, snapshot_freq=3, snapshot_sampling=False)
+        run_lib.train(config, folder)
+
+    for name in ("undisturbed", "killed"):
+        shutil.copytree(trajectories, tmp_path / name)
+    distill(tmp_path / "undisturbed", 6)
+    shutil.copytree(tmp_path / "undisturbed" / "2_distill_2", tmp_path / "killed" / "2_distill_2")
+    for step in (4, 5, 6):  # a kill before update 6, with the checkpoint of update 3 alone
+        shutil.rmtree(tmp_path / "killed" / "2_distill_2" / "checkpoints" / str(step), ignore_errors=True)
+        shutil.rmtree(tmp_path / "killed" / "2_distill_2" / "checkpoints-meta" / str(step), ignore_errors=True)
+    assert checkpoints.RunCheckpoints(tmp_path / "killed" / "2_distill_2").latest_step() == 3
+    distill(tmp_path / "killed", 6)
+    for rate in (0.0, 0.5, 0.9):
+        first, second = (
+            checkpoints.restore(tmp_path / name / "2_distill_2", ema_rate=rate)[0] for name in ("undisturbed", "killed")
+        )
+        jax.tree.map(np.testing.assert_array_equal, first.ema_params, second.ema_params)
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    lines = [
+        json.loads((tmp_path / name / "2_distill_2" / "metrics.json").read_text()) for name in ("undisturbed", "killed")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_stage_may_start_from_the_ema_with_adam_at_zero(workdir, tmp_path):
+    start = {"import_flax": str(workdir / "1_rf"), "init_from_ema": True, "n_iters": 6}
+    run_lib.train(tiny_config(training=start), tmp_path)
+    source, _ = state(workdir, "1_rf", 6)
+    new, _ = state(tmp_path, "1_rf", 6)
+    jax.tree.map(np.testing.assert_array_equal, new.params, source.ema_params)
+    assert new.count == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves((new.mu, new.nu)))
+
+
+def test_an_evaluation_finds_many_step_runs_picks_an_ema_and_measures_the_distance_to_the_teacher(
+    trajectories, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(trajectories, folder)
+    on_policy = {"on_policy": 1.0, "distill_steps": 2, "n_iters": 2, "snapshot_sampling": False}
+    shutil.rmtree(folder / "samples" / "reflow_batch")  # which on-policy distillation alone does not read
+    run_lib.train(reflow_config("train_distill", training=on_policy, model={"ema_rates": (0.5,)}), folder)
+    assert checkpoints.steps_in(folder / "2_distill_2") == [0, 2]
+    found = {}
+    for rate in (0.0, 0.5):
+        config = reflow_config(training={"distill_steps": 2}, model={"ema_rates": (0.5,), "num_scales": 4})
+        config.eval.update(reflow_mode="eval_distill", begin_step=2, ema_rate=rate, teacher=str(folder / "1_rf"))
+        config.sampling.method = "pc"
+        run_lib.evaluate(config, folder, f"ema_{rate}")
+        found[rate] = json.loads((folder / f"ema_{rate}" / "step_2" / "metrics.json").read_text())
+    assert found[0.0]["model"] == "2-SeqRF-Distill"
+    assert found[0.0]["settings"]["weights"] != found[0.5]["settings"]["weights"]
+    assert all(0 < metrics["rms_to_teacher"] < 2 for metrics in found.values())
+
+
+def test_an_ema_that_a_checkpoint_does_not_have_is_refused(workdir):
+    config = reflow_config(model={"ema_rates": (0.25,)}, eval={"ema_rate": 0.25, "begin_step": 6})
+    with pytest.raises(InputError, match=r"no EMA of rate 0.25 .* its others are: none"):
+        run_lib.evaluate(config, workdir, "no")
+
+
 def test_a_finished_run_is_left_alone(workdir):
     watched = [workdir / "1_rf" / "checkpoints" / "6", workdir / "samples" / "metrics.json"]
     before = [path.stat().st_mtime_ns for path in watched[:1]], watched[1].read_text()
