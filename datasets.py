@@ -9,7 +9,9 @@ import abc
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
@@ -102,11 +104,11 @@ class ImageSource(abc.ABC):
         """The images start..stop-1, 0 <= start < stop <= size."""
 
     @abc.abstractmethod
-    def shuffled(self, seed):
+    def shuffled(self, seed: Any) -> Any:
         """A tf.data.Dataset: the `size` records once, still encoded, in the order of `seed` (int64 tensor [2])."""
 
     @abc.abstractmethod
-    def image(self, record):
+    def image(self, record: Any) -> Any:
         """The image of one record, a uint8 tensor `image_shape`, as `read` gives it."""
 
 
@@ -132,12 +134,12 @@ class ArraySource(ImageSource):
     def _read(self, start, stop):
         return self._images[start:stop]
 
-    def shuffled(self, seed):
+    def shuffled(self, seed: Any) -> Any:
         tf = tensorflow_on_cpu()
         records = tf.data.Dataset.from_tensor_slices(self._images)
         return records.shuffle(self.size, seed=seed[0], reshuffle_each_iteration=False)
 
-    def image(self, record):
+    def image(self, record: Any) -> Any:
         return record
 
 
@@ -182,7 +184,7 @@ class TfdsSource(ImageSource):
         records = [_open_file(part.filename).skip(part.skip).take(part.take) for part in slices]
         return functools.reduce(lambda first, second: first.concatenate(second), records)
 
-    def shuffled(self, seed):
+    def shuffled(self, seed: Any) -> Any:
         tf = tensorflow_on_cpu()
         files = [str(path) for path in self._split.filepaths]
         records = tf.data.Dataset.from_tensor_slices(files)
@@ -193,7 +195,7 @@ class TfdsSource(ImageSource):
         buffer_size = min(self.size, max(1, SHUFFLE_BYTES * self.size // max(1, self._split.num_bytes)))
         return records.shuffle(buffer_size, seed=seed[1], reshuffle_each_iteration=False)
 
-    def image(self, record):
+    def image(self, record: Any) -> Any:
         return self._square(self._decoder.deserialize_example(record)["image"])
 
     def _square(self, image):
@@ -218,7 +220,7 @@ def _open_file(path):
     return tensorflow_on_cpu().data.TFRecordDataset(path, buffer_size=READ_BYTES)
 
 
-def image_source(data, split: str = "train") -> ImageSource:
+def image_source(data: ml_collections.ConfigDict, split: str = "train") -> ImageSource:
     """The images of the data set that `config.data` names.
 
     Never touches the network: a data set that TFDS has not prepared is an error at once.
@@ -304,7 +306,13 @@ def _preparation(name: str, folder: epath.Path, given: bool) -> str:
 
 
 def train_batches(
-    data, *, seed: int, batch_size: int, n_jitted_steps: int, start_step: int = 0, host: parallel.Host | None = None
+    data: ml_collections.ConfigDict,
+    *,
+    seed: int,
+    batch_size: int,
+    n_jitted_steps: int,
+    start_step: int = 0,
+    host: parallel.Host | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless batches of this host, from the update `start_step` on.
 
@@ -348,7 +356,7 @@ def _stream(source: ImageSource, seed: int, start: int):
     tf = tensorflow_on_cpu()
     first, skipped = divmod(start, source.size)
 
-    def one_pass(number):
+    def one_pass(number: Any) -> Any:
         seeds = tf.random.stateless_uniform([2], [seed, number], maxval=2**31 - 1, dtype=tf.int64)
         return source.shuffled(seeds).skip(tf.where(number == first, tf.constant(skipped, tf.int64), 0))
 

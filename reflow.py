@@ -288,10 +288,10 @@ def _device_batches(plan, number, images, size) -> list[_DeviceBatch]:
     states = (plan.k,) if plan.is_trajectory else ()
     solved = np.empty((len(start), *states, *plan.image_shape), plan.dtype)
     file, batches = _PendingFile(number, layout, start, solved, unsolved=0), []
-    for rows, *span in _solved_alike(plan, layout):
+    for rows, segment, t_start, t_end in _solved_alike(plan, layout):
         count = math.ceil(len(rows) / size)
         for n, filled in enumerate(np.resize(rows, (count, size))):
-            batches.append(_DeviceBatch(file, *span, filled, min(size, len(rows) - n * size)))
+            batches.append(_DeviceBatch(file, segment, t_start, t_end, filled, min(size, len(rows) - n * size)))
     file.unsolved = len(batches)
     return batches
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -43,7 +43,7 @@ from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,8 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
             pending = (step, loss)
         is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
         if is_snapshot or step % training.snapshot_freq_for_preemption == 0:
-            pending = _log_loss(run, pending)
+            _log_loss(run, pending)
+            pending = None
             _check_finite(run, step, loss)
             (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, parallel.first_copy(state))
     progress.close()
@@ -411,7 +412,7 @@ def _log_pictures(tracker, step: int, folder: epath.Path):
 def _generate_pairs(config, workdir: epath.Path, log_name: str):
     """Makes the missing files of the pair set, or of the trajectory set (`training.reflow_pairs`)."""
     images = datasets.image_source(config.data)
-    source = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
+    source: Any = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
     weights = source.load()
     checkpoints.log_source(source.name, weights, centered=config.data.centered)
     model, teacher = models.create_model(config), weights.ema_params
@@ -472,8 +473,8 @@ def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[
     for folder in (sources.PAIRS, sources.TRAJECTORIES):
         manifest = pairmanifest.read_manifest(workdir / folder)
         if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
-            names = ("adaptive", "cost_adaptive", "cost_uniform")
-            return np.float32(manifest["boundaries"]), {name: manifest[name] for name in names if name in manifest}
+            names = {"adaptive", "cost_adaptive", "cost_uniform"} & manifest.keys()
+            return np.asarray(manifest["boundaries"], np.float32), {name: manifest[name] for name in sorted(names)}
     if not is_adaptive:
         return segments.uniform_boundaries(k), {"adaptive": False}
     sampler = _sampler(config, model, segments.uniform_boundaries(k))

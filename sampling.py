@@ -72,7 +72,7 @@ class Reinterpolate(diffrax.AbstractSolver):
         x_end = y0 + (tau_end - t0) * terms.vf(t0, y0, None)
         u = (tau_end - t1) / (tau_end - tau_start)
         y1 = (1 - u) * x_end + u * x_start
-        return y1, None, {"y0": y0, "y1": y1}, x_start, diffrax.RESULTS.successful
+        return y1, None, {"y0": y0, "y1": y1}, x_start, diffrax.RESULTS.successful  # type: ignore[return-value]
 
     def func(self, terms: diffrax.AbstractTerm, t0: Time, y0: State, args: Any) -> State:
         """The velocity."""

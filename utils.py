@@ -109,7 +109,7 @@ def write_arrays(path: epath.PathLike, *, overwrite: bool = True, **arrays: np.n
 def write_json(path: epath.PathLike, value: Any, *, overwrite: bool = True) -> None:
     """Writes JSON as `atomic_file`. NaN and infinity become null, which JSON has in their place."""
 
-    def finite(entry):
+    def finite(entry: Any) -> Any:
         if isinstance(entry, dict):
             return {key: finite(item) for key, item in entry.items()}
         if isinstance(entry, (list, tuple)):

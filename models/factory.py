@@ -3,12 +3,16 @@
 import functools
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import traverse_util
+from jax.typing import ArrayLike
+from jaxtyping import Array, Key, UInt32
 
 import segments
 from models.layers import NONLINEARITIES
@@ -68,7 +72,7 @@ def _number(name: str, value, default, lowest, highest, kind: type):
     return kind(value)
 
 
-def network_settings(config) -> dict[str, dict]:
+def network_settings(config: ml_collections.ConfigDict) -> dict[str, dict]:
     """The settings of sections data and model that a network is built from, checked: {"data": ..., "model": ...}.
 
     Args:
@@ -101,7 +105,7 @@ def network_settings(config) -> dict[str, dict]:
     return {"data": images, "model": settings}
 
 
-def network_identity(config) -> dict[str, dict]:
+def network_identity(config: ml_collections.ConfigDict) -> dict[str, dict]:
     """The `network_settings` that make two networks different: without those that only matter in training, and with
     None for those that this network does not use. Errors as there."""
     settings = network_settings(config)
@@ -113,7 +117,7 @@ def network_identity(config) -> dict[str, dict]:
     return {"data": settings["data"], "model": model}
 
 
-def model_options(config) -> dict:
+def model_options(config: ml_collections.ConfigDict) -> dict:
     """The fields of `NCSNpp` for a configuration, checked; without a section training: one head.
 
     Raises:
@@ -133,7 +137,7 @@ def model_options(config) -> dict:
     }
 
 
-def create_model(config) -> NCSNpp:
+def create_model(config: ml_collections.ConfigDict) -> NCSNpp:
     """The network that `config` describes, with `config.training.reflow_t` heads (1 where there is no such section).
 
     Raises:
@@ -142,7 +146,9 @@ def create_model(config) -> NCSNpp:
     return NCSNpp(**model_options(config))
 
 
-def init_params(model: NCSNpp, rng, image_shape: tuple[int, int, int]):
+def init_params(
+    model: NCSNpp, rng: Key[Array, ""] | UInt32[Array, "2"], image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
     """Fresh weights for images of shape (height, width, channels): the tree for `model.apply({"params": ...}, ...)`.
 
     Lazily, so that nothing but the weights is computed, and weights of one shape share one small program: hundreds of
@@ -162,7 +168,7 @@ def weight_shapes(model: NCSNpp) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     return types.MappingProxyType(shapes)
 
 
-def expand_heads(params, k: int):
+def expand_heads(params: Any, k: int) -> Any:
     """`params` with each one-head time-embedding weight [1, ...] copied to [k, ...]; already k heads: as it is.
 
     Every segment of the wider network computes what the one-head network did.
@@ -171,7 +177,7 @@ def expand_heads(params, k: int):
       ValueError: the weights have neither one head nor k.
     """
 
-    def expanded(path, leaf):
+    def expanded(path: Any, leaf: Any) -> Any:
         if not path[-1].startswith("head_") or leaf.shape[0] == k:
             return leaf
         if leaf.shape[0] != 1:
@@ -181,10 +187,10 @@ def expand_heads(params, k: int):
     return traverse_util.path_aware_map(expanded, params)
 
 
-def velocity_fn(model: nn.Module, params):
+def velocity_fn(model: nn.Module, params: Any) -> Callable:
     """velocity(x [B,H,W,C], t [B] in [0, 1], index [B] int32) -> dx/dtau [B,H,W,C], without dropout."""
 
-    def velocity(x, t, index):
+    def velocity(x: ArrayLike, t: ArrayLike, index: ArrayLike) -> Any:
         return model.apply({"params": params}, x, segments.label_of_t(t), index)
 
     return velocity

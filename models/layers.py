@@ -6,6 +6,7 @@ Parameter names are those of the public PyTorch networks, so that a checkpoint m
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,13 +29,13 @@ NONLINEARITIES: dict[str, Callable] = {
 }
 
 
-def weight_init(scale: float = 1.0):
+def weight_init(scale: float = 1.0) -> Callable:
     """Uniform with variance scale / mean(fan in, fan out). A scale of 0 means nearly zero, so that no layer is dead.
 
     For kernels [height, width, in, out] and [in, out], and [heads, in, out], where each head is a kernel of its own.
     """
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         pixels = math.prod(shape[:-2]) if len(shape) == 4 else 1
         bound = math.sqrt(3 * (scale or 1e-10) / (pixels * (shape[-2] + shape[-1]) / 2))
         # Drawn flat: the CPU compiler (jaxlib 0.10) takes minutes over a dozen draws of several dimensions.
@@ -43,7 +44,7 @@ def weight_init(scale: float = 1.0):
     return init
 
 
-def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding=1) -> nn.Conv:
+def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding: Any = 1) -> nn.Conv:
     """A 3 x 3 convolution with bias."""
     return nn.Conv(features, (3, 3), strides, padding, kernel_init=weight_init(scale), name=name)
 

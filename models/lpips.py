@@ -5,6 +5,7 @@ with random weights, because the published weights could not be had where it was
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ Params = dict[str, Array]
 
 
 def _vgg_shapes() -> dict[str, tuple[int, ...]]:
-    shapes, before = {}, 3
+    shapes: dict[str, tuple[int, ...]] = {}
+    before = 3
     for numbers, channels in BLOCKS:
         for number in numbers:
             shapes[f"features.{number}.weight"] = (channels, before, 3, 3)
@@ -102,7 +104,7 @@ def lpips(params: Params, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]
       params: as `load_weights` returns them.
       x, y: colour images in [0, 1], of any size from 16.
     """
-    total = 0.0
+    total: Any = 0.0
     for n, (fx, fy) in enumerate(zip(vgg_features(params, x), vgg_features(params, y), strict=True)):
         head = params[f"lin{n}.model.1.weight"].reshape(-1)
         difference = (_unit_length(fx) - _unit_length(fy)) ** 2

@@ -16,6 +16,7 @@ Images = Float[Array, "batch height width channels"]
 Doubled = Float[Array, "batch 2*height 2*width channels"]
 Halved = Float[Array, "batch height//2 width//2 channels"]
 Kernel = Sequence[float | int]
+Taps = Sequence[float | int] | np.ndarray
 
 
 def normalized_taps(kernel: Kernel) -> Float[np.ndarray, "taps"]:
@@ -24,7 +25,7 @@ def normalized_taps(kernel: Kernel) -> Float[np.ndarray, "taps"]:
     return (taps / taps.sum()).astype(np.float32)
 
 
-def filter_axis(x: Array, taps, axis: int, up: int, down: int, pad) -> Array:
+def filter_axis(x: Array, taps: Taps, axis: int, up: int, down: int, pad: tuple[int, int]) -> Array:
     """`upfirdn` along one axis.
 
     Each sample is followed by `up` - 1 zeros, `pad` = (before, after) zeros go around them (negative ones crop), then
@@ -39,7 +40,7 @@ def filter_axis(x: Array, taps, axis: int, up: int, down: int, pad) -> Array:
 
 
 def filter_images(
-    x: Images, taps, *, up: int = 1, down: int = 1, pad=(0, 0)
+    x: Images, taps: Taps, *, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)
 ) -> Float[Array, "batch new_height new_width channels"]:
     """`filter_axis` along height and width: the filter is the outer product of `taps` with itself."""
     for axis in (1, 2):

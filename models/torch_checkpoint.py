@@ -1,4 +1,4 @@
-"""PyTorch rectified-flow checkpoints, in both directions. The format is design.md's section 8.
+"""PyTorch rectified-flow checkpoints, in both directions. The format is in docs/method.md, section 10.
 
 A checkpoint is untrusted input: nothing in it is executed, and every name and shape is checked against the
 configuration before anything of its size is allocated. torch is imported only when one of the two functions runs.
@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 import flax
+import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -55,7 +56,7 @@ class Weights:
     extras: dict = flax.struct.field(default_factory=dict)
 
 
-def import_torch(path, config) -> Weights:
+def import_torch(path: epath.PathLike, config: ml_collections.ConfigDict) -> Weights:
     """The checkpoint at `path` for `create_model(config)`, as NumPy arrays; one head is copied to k.
 
     Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a line says so.
@@ -241,7 +242,7 @@ def _count(name: str, value) -> int:
     return int(number)
 
 
-def export_torch(weights: Weights, config, path):
+def export_torch(weights: Weights, config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
     """Writes `weights` (k = 1) in PyTorch's format: the inverse of `import_torch`, bit for bit in every tensor.
 
     Adam's settings come from config.optim where there is one; the EMA's decay and count from the file that the weights

@@ -94,7 +94,7 @@ def errors_named(what: str):
         ) from error
 
 
-def dense(name: str, value, shape: tuple[int, ...] | None = None):
+def dense(name: str, value: Any, shape: tuple[int, ...] | None = None) -> Any:
     """`value`, once it is known to be a tensor of floats of that shape which does not repeat what it has stored."""
     import torch
 

@@ -195,7 +195,7 @@ class PairSet(FileSet):
         self._images = images
         if images is not None and not self.manifest["store_noise"]:
             _check_images(self.manifest, images)
-        times = {"t0": ((), np.float32), "t1": ((), np.float32), "index": ((), np.int32)}
+        times: dict[str, Any] = {"t0": ((), np.float32), "t1": ((), np.float32), "index": ((), np.int32)}
         self.arrays = {"x0": (self.image_shape, np.float32), "x1": (self.image_shape, np.float32)} | times
 
     def batches(
