@@ -7,12 +7,13 @@ are in docs/method.md, section 4.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
@@ -48,30 +49,14 @@ class Targets(NamedTuple):
     velocity: Float[Array, "b h w c"]
 
 
-def _uniform(r, shape):
-    return r
-
-
-def _ushape(r, shape):
-    # The two halves together have density a cosh(a (u - 1/2)) / (2 sinh(a / 2)).
-    return 0.5 + jnp.arcsinh((2.0 * r - 1.0) * math.sinh(shape / 2)) / shape
-
-
-def _exponential(r, shape):
-    return jnp.log10(1.0 + 9.0 * r)
-
-
-def _logitnormal(r, shape):
-    return jax.nn.sigmoid(jax.scipy.special.ndtri(r))
-
-
-T_DISTRIBUTIONS = {
-    "uniform": _uniform,
-    "ushape": _ushape,
-    "exponential": _exponential,
-    "logitnormal": _logitnormal,
+T_DISTRIBUTIONS: dict[str, Callable] = {
+    "uniform": lambda r, a: r,
+    # Both halves together have the density a cosh(a (u - 1/2)) / (2 sinh(a / 2)).
+    "ushape": lambda r, a: 0.5 + jnp.arcsinh((2.0 * r - 1.0) * math.sinh(a / 2)) / a,
+    "exponential": lambda r, a: jnp.log10(1.0 + 9.0 * r),
+    "logitnormal": lambda r, a: jax.nn.sigmoid(jax.scipy.special.ndtri(r)),
 }
-"""The inverse distribution functions of the values of `training.t_distribution`."""
+"""u of a uniform r, by the inverse distribution function; a is `training.t_shape`."""
 
 
 def draw_u(keys: Key[Array, "b"], t_distribution: str, *, shape: float = 4.0) -> Float[Array, "b"]:
@@ -79,9 +64,9 @@ def draw_u(keys: Key[Array, "b"], t_distribution: str, *, shape: float = 4.0) ->
 
     Args:
       keys: one for each example.
-      t_distribution: "uniform"; "ushape", of density a cosh(a (u - 1/2)) / (2 sinh(a / 2)), that is, half of the draws
-        of density a e^(a u) / (e^a - 1) and half mirrored (after arXiv 2405.20320); "exponential", of density
-        ln(10) 10^u / 9; "logitnormal", the sigmoid of a standard normal draw.
+      t_distribution: "uniform"; "ushape" (after arXiv 2405.20320): half of the draws have the density
+        a e^(a u) / (e^a - 1), the other half are 1 minus such a draw; "exponential": density ln(10) 10^u / 9;
+        "logitnormal": the sigmoid of a standard normal draw.
       shape: a > 0 of "ushape".
     """
     r = jax.vmap(jax.random.uniform)(keys)
@@ -194,7 +179,7 @@ def on_policy_pairs(
     velocity: Callable,
     states: Float[Array, "b k_plus_1 h w c"],
     positions: Int[Array, "b"],
-    boundaries,
+    boundaries: Sequence[float] | np.ndarray,
     num_steps: int,
 ) -> Batch:
     """Pairs from the student's own states to the teacher's states of the same noise.
@@ -216,7 +201,8 @@ def on_policy_pairs(
     grid = segments.step_grid(boundaries, num_steps)
     boundaries = jnp.asarray(boundaries, jnp.float32)
     start = positions % num_steps
-    order = jnp.argsort(-start)  # the furthest first, so that those still on their way are always the first rows
+    # The furthest first, so that those still on their way are always the first rows, which are counted while tracing.
+    order = jnp.argsort(-start)
     x, steps_to_take = states[order, 0], start[order]
     for step in range(num_steps - 1):
         count = _most_beyond(step, len(states), num_steps)
@@ -398,7 +384,7 @@ def initial_state(
     )
 
 
-def ema_rate_at(updates, ema_rate: float, variable: bool):
+def ema_rate_at(updates: int | Int[Array, ""], ema_rate: float, variable: bool) -> float | Float[Array, ""]:
     """The EMA's decay after `updates` = n updates; `variable` caps it by (1 + n) / (10 + n)."""
     return jnp.minimum(ema_rate, (1.0 + updates) / (10.0 + updates)) if variable else ema_rate
 

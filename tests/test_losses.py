@@ -3,10 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 
 import losses
 import models
 import parallel
+import sampling
 import segments
 
 
@@ -58,6 +61,65 @@ def test_an_euler_step_along_a_reflow_target_lands_on_the_end():
     np.testing.assert_allclose(targets.x + step[:, None, None, None] * targets.velocity, batch["x0"], atol=1e-6)
 
 
+def _ushape_cdf(u, a=4.0):
+    rising, falling = np.expm1(a * u), np.expm1(a * (1 - u))
+    return 0.5 * rising / np.expm1(a) + 0.5 * (1 - falling / np.expm1(a))
+
+
+CDFS = {
+    "uniform": lambda u: u,
+    "ushape": _ushape_cdf,
+    "exponential": lambda u: (10**u - 1) / 9,
+    "logitnormal": lambda u: scipy.stats.norm.cdf(scipy.special.logit(u)),
+}
+
+
+@pytest.mark.parametrize("name", CDFS)
+def test_draws_have_their_distribution(name):
+    u = np.asarray(jax.jit(losses.draw_u, static_argnums=1)(keys(20_000), name), np.float64)
+    assert 0 <= u.min() < 0.1
+    assert 0.9 < u.max() <= 1
+    assert scipy.stats.kstest(u, CDFS[name]).pvalue > 0.01
+
+
+def test_the_shape_of_the_u_is_the_callers():
+    u = np.asarray(losses.draw_u(keys(20_000), "ushape", shape=9.0), np.float64)
+    assert scipy.stats.kstest(u, lambda u: _ushape_cdf(u, 9.0)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("name", ["uniform", "exponential"])
+def test_the_distribution_of_1_rf_is_of_t(name):
+    data = {"image": np.zeros((20_000, 1, 1, 1), np.float32)}
+    targets = losses.rf_targets(keys(20_000), data, t_distribution=name)
+    assert scipy.stats.kstest(np.asarray(targets.t, np.float64), CDFS[name]).pvalue > 0.01
+    noise = -np.asarray(targets.velocity)
+    np.testing.assert_allclose(targets.x, np.asarray(targets.u)[:, None, None, None] * noise, atol=1e-6)
+    np.testing.assert_allclose(targets.u, 1 - segments.tau_of_t(targets.t), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_m_step_targets_are_the_starts_of_m_euler_steps_that_reach_the_end(steps):
+    batch = pairs(256)
+    targets = losses.distill_targets(keys(256), batch, steps=steps)
+    share = np.round(np.asarray(targets.u) * steps)
+    np.testing.assert_array_equal(targets.u, (share / steps).astype(np.float32))
+    assert np.all(np.abs(np.bincount(share.astype(int), minlength=steps + 1)[1:] - 256 / steps) < 40)
+    grid = segments.step_grid([1.0, 0.3, 0.0], 2 * steps)
+    distance = np.abs(np.asarray(targets.t)[:, None] - np.asarray(grid.t_from))
+    np.testing.assert_array_less(distance.min(1), 1e-6)  # the sampler's own times
+    left = segments.tau_of_t(batch["t0"]) - segments.tau_of_t(np.asarray(targets.t))
+    np.testing.assert_allclose(targets.x + left[:, None, None, None] * targets.velocity, batch["x0"], atol=1e-5)
+
+
+def test_one_step_a_segment_draws_nothing():
+    batch = pairs(8)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        losses.distill_targets(keys(8), batch),
+        losses.distill_targets(keys(8, step=4), batch, steps=1),
+    )
+
+
 def test_reflow_targets_share_the_lines_velocity_and_stay_between_its_ends():
     batch = pairs(64)
     targets = losses.reflow_targets(keys(64), batch)
@@ -74,6 +136,50 @@ def test_loss_is_the_mean_or_half_the_sum_over_pixels():
     targets = losses.distill_targets(keys(2), pairs(2))._replace(velocity=target)
     assert losses.make_loss("l2")(velocity, targets) == pytest.approx((4 + 1) / 2)
     assert losses.make_loss("l2", reduce_mean=False)(velocity, targets) == pytest.approx(0.5 * 9 * (4 + 1) / 2)
+
+
+def test_losses_of_examples_are_their_formulas():
+    random = np.random.default_rng(0)
+    velocity, target = random.normal(size=(2, 5, 4, 4, 3))
+    square = ((velocity - target) ** 2).sum((1, 2, 3))
+    velocity, target = np.float32(velocity), np.float32(target)
+    np.testing.assert_allclose(losses.LOSSES["l2"](velocity, target), square / 48, rtol=1e-5)
+    c = 0.00054 * 48
+    np.testing.assert_allclose(losses.LOSSES["huber"](velocity, target), (np.sqrt(square + c**2) - c) / 48, rtol=1e-5)
+    gradient = jax.grad(lambda v: losses.LOSSES["huber"](v, target).sum())(target)
+    np.testing.assert_array_equal(gradient, 0)  # finite where the error is 0
+
+
+def absolute(x, y):
+    return jnp.mean(jnp.abs(x - y), axis=(1, 2, 3))
+
+
+def test_lpips_huber_weighs_both_by_u_where_the_end_is_data():
+    batch = pairs(8)
+    targets = losses.reflow_targets(keys(8), batch)
+    velocity = targets.velocity + 1.0
+    ends = {}
+
+    def lpips(x_end_hat, x_end):
+        ends.update(hat=x_end_hat, x_end=x_end)
+        return absolute(x_end_hat, x_end)
+
+    found = losses.lpips_huber(velocity, targets, lpips)
+    np.testing.assert_allclose(ends["x_end"], batch["x0"], atol=1e-5)
+    left = segments.tau_of_t(batch["t0"]) - segments.tau_of_t(np.asarray(targets.t))
+    np.testing.assert_allclose(ends["hat"], batch["x0"] + left[:, None, None, None], atol=1e-5)
+    u, smooth = np.asarray(targets.u), np.asarray(losses.LOSSES["huber"](velocity, targets.velocity))
+    expected = np.where(batch["t0"] == 0, (1 - u) * smooth + left / np.maximum(u, 0.01), smooth)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_lpips_huber_of_distillation_is_lpips_alone_in_the_last_segment():
+    targets = losses.distill_targets(keys(2), pairs(2))
+    velocity = targets.velocity + 1.0
+    found = float(losses.make_loss("lpips_huber", lpips=absolute)(velocity, targets))
+    smooth = float(losses.LOSSES["huber"](velocity, targets.velocity)[0])
+    lpips = segments.tau_of_t(0.0) - segments.tau_of_t(0.3)  # of a velocity that is 1 off for that long
+    assert found == pytest.approx((smooth + float(lpips)) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(0, 0.1), (90, 0.91), (10**7, 0.9999)])
@@ -115,25 +221,54 @@ def test_warm_adam_moments_keep_their_count_and_the_warm_up_starts_anew():
     assert state.opt_state[1].count == 1000
 
 
-def _updates(devices, per_device, batches, state=None):
+def test_cosine_schedule_falls_to_zero_after_the_warm_up():
+    options = {"lr": 0.1, "beta1": 0.0, "eps": 1e-8, "grad_clip": -1.0}
+    ours = losses.optimizer(**options, warmup=4, schedule="cosine", n_iters=12)
+    params = jnp.ones(2)
+    state = ours.init(params)
+    constant = losses.optimizer(**options, warmup=4).init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(constant)
+    rates = []
+    for _ in range(13):
+        change, state = ours.update(jnp.ones(2), state, params)
+        rates.append(-float(change[0]))
+    expected = [0.1 * (n / 4 if n < 4 else 0.5 * (1 + np.cos(np.pi * (n - 4) / 8))) for n in range(13)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-7)
+    no_warmup = losses.optimizer(**options, warmup=0, schedule="cosine", n_iters=12)
+    change, _ = no_warmup.update(jnp.ones(2), no_warmup.init(params), params)
+    assert -float(change[0]) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_start_from_the_ema_has_a_fresh_adam():
+    transformation = losses.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    weights = fresh_weights({"w": jnp.ones(2)})
+    weights = weights.replace(ema_params={"w": jnp.full(2, 5.0)}, mu={"w": jnp.ones(2)}, nu={"w": jnp.ones(2)}, count=9)
+    state = losses.initial_state(weights, transformation, from_ema=True, ema_rates=(0.5,))
+    for tree in (state.params, state.ema_params, state.extra_ema["0.5"]):
+        np.testing.assert_array_equal(tree["w"], 5.0)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, transformation.init(weights.params))
+
+
+def _updates(devices, per_device, batches, state=None, on_policy=None):
     model = Linear()
     transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
     state = losses.initial_state(fresh_weights(params), transformation) if state is None else state
     step = losses.make_train_step(
         model,
-        losses.reflow_targets,
+        losses.distill_targets if on_policy else losses.reflow_targets,
         losses.make_loss("l2"),
         transformation,
         ema_rate=0.9,
         variable_ema_rate=False,
         seed=5,
+        on_policy=on_policy,
     )
     program = parallel.map_devices(step, devices=jax.devices()[:devices])
     n = len(next(iter(batches.values()))) // (devices * per_device)
 
     def shared(rows):
-        return rows.reshape(n, devices, per_device, *rows.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(n, devices, -1, *rows.shape[1:]).swapaxes(0, 1)
 
     replicated = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * devices), state)
     state, values = program(replicated, {name: shared(rows) for name, rows in batches.items()})
@@ -165,3 +300,94 @@ def test_ema_follows_the_weights_at_its_rate():
     before = Linear().init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
     expected = 0.9 * before["scale"] + 0.1 * start.params["scale"]
     np.testing.assert_allclose(start.ema_params["scale"], expected, atol=1e-6)
+
+
+def test_further_emas_follow_at_their_own_rates():
+    transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    before = {"scale": jnp.ones((3, 3))}
+    state = losses.initial_state(fresh_weights(before), transformation, ema_rates=(0.5, 0.75))
+    after, _ = _updates(1, 4, pairs(4), state)
+    for rate in (0.5, 0.75):
+        expected = rate * before["scale"] + (1 - rate) * after.params["scale"]
+        np.testing.assert_allclose(after.extra_ema[losses.ema_name(rate)]["scale"], expected, atol=1e-6)
+
+
+# --- on-policy pairs --------------------------------------------------------------------------------------------------
+
+BOUNDARIES = (1.0, 0.55, 0.2, 0.0)
+
+
+def curved(x, t, index):
+    return jnp.sin(3.0 * x) - (t + index)[:, None, None, None] * x
+
+
+def teacher_states(n, k=3, seed=0):
+    return jnp.float32(np.random.default_rng(seed).normal(size=(n, k + 1, 3, 3, 1)))
+
+
+@pytest.mark.parametrize(("steps", "n", "first"), [(1, 6, 0), (1, 2, 4), (2, 13, 5), (3, 4, 22)])
+def test_on_policy_starts_are_the_samplers_states_and_ends_the_teachers(steps, n, first):
+    states, num_steps = teacher_states(n), 3 * steps
+    positions = first + jnp.arange(n)
+    rows = []  # of each network call
+
+    def velocity(x, t, index):
+        rows.append(len(x))
+        return curved(x, t, index)
+
+    found = losses.on_policy_pairs(velocity, states, positions, BOUNDARIES, num_steps)
+    solved = sampling.solve(
+        curved, states[:, 0], BOUNDARIES, method="pc", num_scales=num_steps, predictor="rf_solver", save_trajectory=True
+    )
+    j = np.asarray(positions) % num_steps
+    segment = j // steps
+    np.testing.assert_allclose(found["x1"], np.asarray(solved.xs)[j, np.arange(n)], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found["t1"], np.asarray(solved.ts)[j])
+    np.testing.assert_array_equal(found["index"], segment)
+    np.testing.assert_array_equal(found["x0"], states[np.arange(n), segment + 1])
+    np.testing.assert_array_equal(found["t0"], np.float32(BOUNDARIES)[segment + 1])
+    np.testing.assert_allclose(found["u"], 1 - (j % steps) / steps, atol=1e-6)
+    whole = n // num_steps
+    assert whole * num_steps * (num_steps - 1) / 2 <= sum(rows) <= (whole + 1) * num_steps * (num_steps - 1) / 2
+
+
+def test_an_euler_step_along_an_on_policy_target_lands_on_the_teachers_state():
+    states = teacher_states(12)
+    on_policy = losses.on_policy_pairs(curved, states, jnp.arange(12), BOUNDARIES, 6)
+    targets = losses.distill_targets(keys(0), {"on_policy": on_policy}, steps=2)
+    np.testing.assert_array_equal(targets.x, on_policy["x1"])
+    left = segments.tau_of_t(targets.t_end) - segments.tau_of_t(targets.t)
+    np.testing.assert_allclose(targets.x + left[:, None, None, None] * targets.velocity, on_policy["x0"], atol=1e-5)
+    np.testing.assert_allclose(targets.u, [1, 0.5] * 6, atol=1e-6)
+
+
+def test_stored_and_on_policy_rows_stand_side_by_side():
+    stored, on_policy = pairs(4), losses.on_policy_pairs(curved, teacher_states(3), jnp.arange(3), BOUNDARIES, 3)
+    both = losses.distill_targets(keys(4), stored | {"on_policy": on_policy}, steps=2)
+    alone = losses.distill_targets(keys(4), stored, steps=2)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:4], b), both, alone)
+    np.testing.assert_array_equal(both.x[4:], on_policy["x1"])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_on_policy_updates_do_not_depend_on_how_devices_share_the_batch(share):
+    options = losses.OnPolicy(BOUNDARIES, 3)
+    batches = {"states": teacher_states(8)} | (pairs(8) if share < 1 else {})
+    one, loss_one = _updates(1, 4, batches, on_policy=options)
+    two, loss_two = _updates(2, 2, batches, on_policy=options)
+    np.testing.assert_allclose(loss_one, loss_two, rtol=1e-5)
+    np.testing.assert_allclose(one.params["scale"], two.params["scale"], atol=1e-5)
+
+
+def test_on_policy_states_are_those_of_the_ema():
+    transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    params, ema = {"scale": jnp.ones((3, 3))}, {"scale": jnp.full((3, 3), 0.25)}
+    state = losses.initial_state(fresh_weights(params).replace(ema_params=ema), transformation)
+    states = teacher_states(4)
+    _, value = _updates(1, 4, {"states": states}, state, on_policy=losses.OnPolicy(BOUNDARIES, 3))
+    student = models.velocity_fn(Linear(), ema)
+    targets = losses.distill_targets(
+        keys(0), {"on_policy": losses.on_policy_pairs(student, states, jnp.arange(4), BOUNDARIES, 3)}
+    )
+    answer = models.velocity_fn(Linear(), params)(targets.x, targets.t, targets.index)
+    assert value[0] == pytest.approx(float(np.mean((answer - targets.velocity) ** 2)), rel=1e-5)
