@@ -199,7 +199,7 @@ def on_policy_pairs(
       {"x0", "x1", "t0", "t1", "index"} as stored pairs, and "u" [B]: where in its segment x1 lies, 1 at the start.
     """
     grid = segments.step_grid(boundaries, num_steps)
-    boundaries = jnp.asarray(boundaries, jnp.float32)
+    times = jnp.asarray(boundaries, jnp.float32)
     start = positions % num_steps
     # The furthest first, so that those still on their way are always the first rows, which are counted while tracing.
     order = jnp.argsort(-start)
@@ -208,7 +208,7 @@ def on_policy_pairs(
         count = _most_beyond(step, len(states), num_steps)
         x = x.at[:count].set(_euler_step(velocity, x[:count], grid, step, steps_to_take[:count] > step))
     index = grid.segment[start]
-    t_start, t_end, t = boundaries[index], boundaries[index + 1], grid.t_from[start]
+    t_start, t_end, t = times[index], times[index + 1], grid.t_from[start]
     return {
         "x0": jax.vmap(lambda rows, segment: rows[segment + 1])(states, index),
         "x1": x[jnp.argsort(order)],

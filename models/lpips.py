@@ -5,7 +5,6 @@ with random weights, because the published weights could not be had where it was
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +103,11 @@ def lpips(params: Params, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]
       params: as `load_weights` returns them.
       x, y: colour images in [0, 1], of any size from 16.
     """
-    total: Any = 0.0
+    total = jnp.zeros(len(x))
     for n, (fx, fy) in enumerate(zip(vgg_features(params, x), vgg_features(params, y), strict=True)):
         head = params[f"lin{n}.model.1.weight"].reshape(-1)
         difference = (_unit_length(fx) - _unit_length(fy)) ** 2
-        total += jnp.mean(jnp.sum(difference * head, axis=-1), axis=(1, 2))
+        total = total + jnp.mean(jnp.sum(difference * head, axis=-1), axis=(1, 2))
     return total
 
 
