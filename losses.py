@@ -238,12 +238,15 @@ HUBER_C = 0.00054  # times the number of pixels; of arXiv 2405.20320
 SMALLEST_LPIPS_TIME = 0.01
 
 
-def l2(velocity: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+Images = Float[Array | np.ndarray, "b h w c"]
+
+
+def l2(velocity: Images, target: Images) -> Float[Array, "b"]:
     """The mean squared error over pixels."""
     return jnp.mean((velocity - target) ** 2, axis=(1, 2, 3))
 
 
-def huber(velocity: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+def huber(velocity: Images, target: Images) -> Float[Array, "b"]:
     """The pseudo-Huber loss (sqrt(||v - v_target||^2 + c^2) - c) / d of arXiv 2405.20320, c = 0.00054 d, d pixels."""
     d = math.prod(velocity.shape[1:])
     c = HUBER_C * d
@@ -254,7 +257,7 @@ LOSSES = {"l2": l2, "huber": huber}
 """(velocity, v_target) -> [B], by the values of `training.loss` that need nothing else."""
 
 
-def lpips_huber(velocity: Float[Array, "b h w c"], targets: Targets, lpips: Callable) -> Float[Array, "b"]:
+def lpips_huber(velocity: Images, targets: Targets, lpips: Callable) -> Float[Array, "b"]:
     """(1 - u) huber + lpips(x_end_hat, x_end) / max(u, 0.01) where the segment ends in data, elsewhere huber.
 
     The loss of arXiv 2405.20320, inside segments: x_end_hat = x_u + (tau_end - tau_u) v is where the velocity leads.
