@@ -58,7 +58,7 @@ def _parsed_flags(argv):
         message, _, trace = str(error).partition("Traceback (most recent call last):")
         _end(f"{message} {trace.strip().splitlines()[-1] if trace else ''}; see --help")  # of a trace the last line
     except (AttributeError, KeyError) as error:
-        # All that ml_collections says of an unknown override is its last part, in quotes.
+        # The message of ml_collections is the last part of the unknown name, in quotes.
         unknown = next((a for a in argv if a.startswith("--config.") and str(error).strip("\"'") in a), str(error))
         _end(f"unknown setting {unknown}; configs/default.py lists every setting")
 

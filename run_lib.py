@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
@@ -368,12 +369,8 @@ def _optimizer(config):
 
 def _random_weights(config, model) -> models.Weights:
     params = models.init_params(model, jax.random.key(config.seed), sources.image_shape(config))
-    zeros = jax.tree.map(np.zeros_like, params) if not _is_abstract(params) else params
+    zeros = jax.tree.map(jnp.zeros_like, params)
     return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
-
-
-def _is_abstract(tree):
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _sampler(config, model, boundaries) -> Sampler:

@@ -86,6 +86,11 @@ def check_options(config, mode: str):
     if mode == "eval" and config.eval.ema_rate not in (0, model.ema_rate, *model.ema_rates):
         rates = ", ".join(map(str, (model.ema_rate, *model.ema_rates)))
         raise InputError(f"--config.eval.ema_rate={config.eval.ema_rate}: use 0 or a rate of the run ({rates})")
+    if mode == "train" and config.optim.schedule == "cosine" and training.n_iters <= config.optim.warmup:
+        raise InputError(
+            f"--config.optim.schedule=cosine falls after the warm-up: training.n_iters={training.n_iters} must be more "
+            f"than optim.warmup={config.optim.warmup}"
+        )
     needs_lpips = mode == "train" and training.loss == "lpips_huber"
     if needs_lpips and not (is_given(training.lpips_path) and is_given(training.lpips_heads)):
         raise InputError(

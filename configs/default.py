@@ -80,7 +80,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.on_policy = 0.0  # share of a distillation batch that starts from the EMA student's own states
     training.init_from_ema = False  # start from the source's EMA weights, its Adam moments at zero
     training.import_torch = "none"  # start from this PyTorch checkpoint
-    training.import_flax = "none"  # start from this run's folder, or exported file, of ours
+    training.import_flax = "none"  # start from this checkpoint: a run's folder or an exported file
     training.n_reflow_data = 1_000_000  # pairs to make, all segments together
     training.gen_reflow_size = 1_024  # images solved together on a host while making pairs; changes speed only
     training.reflow_file_size = 10_000  # pairs in a file

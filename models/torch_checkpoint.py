@@ -30,21 +30,20 @@ MOST_SIGMAS = 100_000  # public checkpoints have 1,000
 
 @flax.struct.dataclass
 class Weights:
-    """What a checkpoint holds, ours or PyTorch's: weights, EMA, Adam's state.
+    """The content of a checkpoint, SeqRF's or PyTorch's: weights, EMA, Adam's state.
 
-    A stage that starts from another stage's weights counts its updates from 0, and so its learning-rate warm-up, whose
-    purpose, to tread lightly on a new loss, holds again. Adam's moments and Adam's own count are not restarted: they
-    travel together. The count serves only to correct the moments' bias towards the zeros that they once started from.
-    Restarted beside warm moments it would correct a bias that is not there: on the first update it would multiply the
-    first moment by 1 / (1 - 0.9) = 10 and the second by 1 / (1 - 0.999) = 1000.
+    A stage that starts from another stage's weights counts its updates, and so its warm-up, from 0. Adam's
+    moments are kept together with Adam's own count, which corrects their bias towards the zeros that they once started
+    from: a count of 0 beside warm moments would multiply the first moment by 1 / (1 - 0.9) = 10 and the second by
+    1 / (1 - 0.999) = 1000 in the first update.
 
     Attributes:
       params, ema_params: trees for `create_model(config).apply`.
       mu, nu: Adam's first and second moments, trees like `params`; zeros where there are none.
       count: the updates that Adam's moments have seen.
       step: the updates that the run counted.
-      extras: what only PyTorch's format knows, kept for the way back, as arrays by name: "sigmas" [levels] float64,
-        "ema_decay", "ema_num_updates". Empty for weights that never were in that format.
+      extras: entries of PyTorch's format alone, kept for `export_torch`, as arrays by name: "sigmas" [levels] float64,
+        "ema_decay", "ema_num_updates". Empty for weights that were not imported.
     """
 
     params: Any
@@ -59,7 +58,7 @@ class Weights:
 def import_torch(path: epath.PathLike, config: ml_collections.ConfigDict) -> Weights:
     """The checkpoint at `path` for `create_model(config)`, as NumPy arrays; one head is copied to k.
 
-    Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a line says so.
+    Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a warning is logged.
 
     Raises:
       InputError: not a checkpoint, truncated, with code in it, a key missing, a wrong shape, a number that is not

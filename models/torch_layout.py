@@ -1,6 +1,6 @@
 """How the PyTorch networks of the family name, order and lay out their weights.
 
-All of it follows from the names in our own parameter tree, whatever the configuration.
+All of it follows from the names in the Flax parameter tree, whatever the configuration.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Entry:
     """One weight of a one-head network.
 
     Attributes:
-      path: where it is in our parameter tree.
+      path: in the Flax parameter tree.
       flax_shape: its shape there.
       idle: nothing depends on it, so that PyTorch never has a gradient, nor Adam moments, for it.
     """
@@ -44,7 +44,7 @@ class Entry:
         return ".".join([self.path[0].replace("all_modules_", "all_modules."), *self.path[1:-1], self.leaf])
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def order(self) -> tuple[int, int, int]:
         """Sorts entries into PyTorch's order."""
         part = PART_ORDER.index(self.path[1]) if len(self.path) == 3 else 0
         return int(self.path[0].removeprefix("all_modules_")), part, LEAF_ORDER.index(self.leaf)
@@ -69,7 +69,7 @@ class Entry:
         return self.path[-1].endswith("kernel")
 
     def to_flax(self, array: np.ndarray) -> np.ndarray:
-        """A copy in our layout: [out, in, ...] becomes [..., in, out], a time-embedding weight gets its head axis."""
+        """A copy in Flax's layout: [out, in, ...] becomes [..., in, out], time-embedding weights get a head axis."""
         if self._is_kernel:
             array = np.moveaxis(array, (0, 1), (-1, -2))
         return np.array(array[None] if self._headed else array, np.float32, order="C")
@@ -91,4 +91,4 @@ def entries_of(model: NCSNpp) -> Entries:
         Entry(path, shape, idle="Dense_0" in path and not model.conditional)
         for path, shape in weight_shapes(model.clone(heads=1)).items()
     ]
-    return tuple(sorted(entries, key=lambda entry: entry.place))
+    return tuple(sorted(entries, key=lambda entry: entry.order))

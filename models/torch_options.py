@@ -1,4 +1,4 @@
-"""Which configuration a PyTorch checkpoint was made with, as far as the names and shapes of its weights tell."""
+"""Which configuration a PyTorch checkpoint was made with, inferred from the names and shapes of its weights."""
 
 import dataclasses
 import itertools
@@ -85,7 +85,7 @@ def _progressive_input(modules: list[_Module], channels: int) -> dict[str, str]:
     return {"progressive_input": "none"}
 
 
-def _told_options(shapes: Shapes, model: NCSNpp) -> dict:
+def _inferred_options(shapes: Shapes, model: NCSNpp) -> dict:
     """The fields of `NCSNpp` that can be read off `shapes`; raises whatever an unknown structure makes it raise."""
     modules = _modules(shapes)
     kinds = {module.kind for module in modules}
@@ -95,7 +95,7 @@ def _told_options(shapes: Shapes, model: NCSNpp) -> dict:
     groups = _levels(modules, kind)
     levels = (len(groups) + 1) // 2
     resolutions = [model.image_size >> level for level in range(levels)]
-    told: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "nf": nf,
         "channels": channels,
         "embedding_type": "fourier" if "fourier" in kinds else "positional",
@@ -107,13 +107,13 @@ def _told_options(shapes: Shapes, model: NCSNpp) -> dict:
         "progressive": _progressive(convs, levels, model.progressive),
     }
     if levels > 1:
-        told |= _progressive_input(modules, channels)
+        inferred |= _progressive_input(modules, channels)
     resamplers = [module.shapes for module in modules if module.kind == "resample"]
     if resamplers:
         # Its taps leave no trace; whether there are any does, in the name.
         filtered = "Conv2d_0.weight" in resamplers[0]
-        told["fir_kernel"] = (model.fir_kernel or (1.0, 3.0, 3.0, 1.0)) if filtered else None
-    return told
+        inferred["fir_kernel"] = (model.fir_kernel or (1.0, 3.0, 3.0, 1.0)) if filtered else None
+    return inferred
 
 
 def disagreements(shapes: Shapes, model: NCSNpp) -> list[str]:
@@ -126,18 +126,18 @@ def disagreements(shapes: Shapes, model: NCSNpp) -> list[str]:
       shapes: the checkpoint's state dict: names without `module.`, without `sigmas`.
     """
     try:
-        told = _told_options(shapes, model)
-        changed = {field: value for field, value in told.items() if value != _configured(field, told, model)}
+        inferred = _inferred_options(shapes, model)
+        changed = {field: value for field, value in inferred.items() if value != _configured(field, inferred, model)}
         other = model.clone(**changed)
         # Weights do not depend on the image size; the smallest serves, with its attention at the same levels.
         smallest = 2 ** (len(other.ch_mult) - 1)
-        attended = tuple(r * smallest // model.image_size for r in told["attn_resolutions"])
+        attended = tuple(r * smallest // model.image_size for r in inferred["attn_resolutions"])
         other = other.clone(image_size=smallest, attn_resolutions=attended)
         if {entry.name: entry.shape for entry in entries_of(other)} != shapes:
             return []
     except (InputError, ValueError, TypeError, LookupError, ArithmeticError):
         return []  # not a structure of this family
-    return [_difference(field, value, _configured(field, told, model)) for field, value in changed.items()]
+    return [_difference(field, value, _configured(field, inferred, model)) for field, value in changed.items()]
 
 
 def _difference(field: str, value, configured) -> str:
@@ -146,10 +146,10 @@ def _difference(field: str, value, configured) -> str:
     return f"config.{OPTION_NAMES.get(field, f'model.{field}')} = {value!r}, not {configured!r}"
 
 
-def _configured(field: str, told: dict, model: NCSNpp):
-    """What the configuration says of a field, in the terms of `told`."""
+def _configured(field: str, inferred: dict, model: NCSNpp):
+    """What the configuration says of a field, in the terms of `inferred`."""
     value = getattr(model, field)
     if field == "attn_resolutions":
-        levels = [model.image_size >> level for level in range(len(told["ch_mult"]))]
+        levels = [model.image_size >> level for level in range(len(inferred["ch_mult"]))]
         return tuple(level for level in levels if level in value)
     return value

@@ -1,4 +1,4 @@
-"""Turns one of our checkpoints (k = 1) into PyTorch's format, with EMA and Adam's moments.
+"""Converts a checkpoint of SeqRF (k = 1) to PyTorch's format, with EMA and Adam's moments.
 
     python scripts/export_torch.py runs/cifar10/1_rf out.pth --config configs/rf/cifar10_rf_continuous.py
 

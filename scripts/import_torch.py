@@ -1,4 +1,4 @@
-"""Turns a PyTorch checkpoint into one of ours: weights, EMA and Adam's moments.
+"""Converts a PyTorch checkpoint to an exported file of SeqRF: weights, EMA and Adam's moments.
 
     python scripts/import_torch.py checkpoint_8.pth cifar10_1rf.safetensors --config configs/rf/cifar10_rf_continuous.py
 

@@ -37,6 +37,11 @@ def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(
         ("train", {"model__ema_rates": (0.999999,)}, "other than ema_rate"),
         ("train", {"model__ema_rates": (0.9, 0.9)}, "names a rate twice"),
         ("eval", {"model__ema_rates": (0.9,), "eval__ema_rate": 0.99}, r"a rate of the run \(0.999999, 0.9\)"),
+        (
+            "train",
+            {"optim__schedule": "cosine", "optim__warmup": 10, "training__n_iters": 10},
+            "more than optim.warmup",
+        ),
         ("train", {"sampling__method": "pc", "model__num_scales": 3, "training__reflow_t": 4}, "use at least 4"),
         ("train", {"training__n_jitted_steps": 3}, "not a multiple of n_jitted_steps"),
     ],
