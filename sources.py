@@ -254,7 +254,7 @@ def _set_data(config, sets: list[tuple[Any, int]]) -> TrainingData:
 
     (first, _), (last, _) = sets[0], sets[-1]
     on_policy = isinstance(last, TrajectorySet)
-    return TrainingData(first.boundaries, batches, first.manifest["teacher"], first.folder, on_policy)
+    return TrainingData(first.boundaries, batches, first.manifest.get("teacher"), first.folder, on_policy)
 
 
 def image_shape(config) -> tuple[int, int, int]:

@@ -165,7 +165,7 @@ def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeyp
     monkeypatch.setattr(utils, "write_arrays", fail)
     with pytest.raises(InputError, match="is full"):
         pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)
-    assert 150 < len(solved) < 300
+    assert 150 <= len(solved) < 300
 
 
 def test_a_batch_that_the_devices_cannot_hold_is_one_line(tmp_path):
@@ -204,20 +204,22 @@ def test_inverted_pairs_end_at_real_points_and_solved_forward_come_back_to_them(
     assert np.bincount(layout.segment[layout.inverted]).tolist() == [12 // k] * k
     images = pair_maker.Images().read(0, 24) / 255
     for row in np.flatnonzero(layout.inverted):
-        t0, x0, x1 = pairs["t0"][row], pairs["x0"][row], pairs["x1"][row]
+        t0, x0 = pairs["t0"][row], pairs["x0"][row]
         data = images[row] * 2 - 1 if centered else images[row]
         noise = np.random.Generator(np.random.Philox(key=[7, row])).standard_normal(x0.shape, np.float32)
         np.testing.assert_allclose(x0, segments.noisy_image(data, noise, segments.tau_of_t(t0)), atol=1e-6)
         if t0 == 0:
             np.testing.assert_allclose(x0, data, atol=1e-6)
-        # The closed form, backwards; and the solver, forward again.
-        np.testing.assert_allclose(x1, pair_maker.flow(x0[None], t0, pairs["t1"][row])[0], atol=5e-3)
-        velocity = pair_maker.make_velocity({"one": 1.0})
-        again = sampling.solve_segment(velocity, x1[None], pairs["t1"][row], t0, layout.segment[row], tol=1e-4)
-        np.testing.assert_allclose(again.x[0], x0, atol=1e-3)
-    ordinary = ~layout.inverted
-    ends = pair_maker.flow(pairs["x1"][ordinary], pairs["t1"][ordinary], pairs["t0"][ordinary])
-    np.testing.assert_allclose(pairs["x0"][ordinary], ends, atol=1e-3)
+    # All lie on the flow in closed form, and the solver comes back to where the inverted pairs began.
+    ends = pair_maker.flow(pairs["x1"], pairs["t1"], pairs["t0"])
+    np.testing.assert_allclose(pairs["x0"], ends, atol=1e-3)
+    velocity = pair_maker.make_velocity({"one": 1.0})
+    for i in range(k):
+        rows = np.flatnonzero(layout.inverted & (layout.segment == i))
+        again = sampling.solve_segment(
+            velocity, jax.numpy.asarray(pairs["x1"][rows]), *boundaries[i : i + 2], i, tol=1e-4
+        )
+        np.testing.assert_allclose(again.x, pairs["x0"][rows], atol=1e-3)
 
 
 def test_ordinary_pairs_start_from_the_same_points_whatever_the_share_of_inverted_ones(whole_set, tmp_path):
