@@ -169,14 +169,14 @@ class TrainingData:
         Raises:
           InputError: they do not.
         """
-        if self.teacher is None:
-            return
         metadata, k = checkpoint.metadata, len(self.boundaries) - 1
         if metadata["k"] == k and not np.allclose(checkpoint.boundaries, self.boundaries, rtol=0, atol=1e-6):
             raise InputError(
                 f"{checkpoint.name} has the boundaries {metadata['boundaries']}, the pairs in {self.folder} "
                 f"{self.boundaries.tolist()}; start from the model that was trained on them"
             )
+        if self.teacher is None:
+            return
         own, trained_on = checkpoints.fingerprint(weights.ema_params), metadata.get("teacher")
         if self.teacher not in (own, trained_on) and not (distills and trained_on is None):
             raise InputError(
