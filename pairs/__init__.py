@@ -1,1 +1,1 @@
-"""Pair sets: what a pair starts from (plan), its files (npz), and their reading as a shuffled stream (reader)."""
+"""Sets of pairs and of trajectories: plan, manifest, npz (one file), reader, trajectories, workers (who makes a file)."""

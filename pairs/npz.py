@@ -91,6 +91,7 @@ class _Member:
 
     @property
     def row_bytes(self) -> int:
+        """The size of a row in bytes."""
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
