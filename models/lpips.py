@@ -56,7 +56,9 @@ def load_lpips(vgg_path: epath.PathLike, heads_path: epath.PathLike, *, centered
     params = {name: jnp.asarray(value) for name, value in load_weights(vgg_path, heads_path).items()}
 
     def distance(x, y):
-        return lpips(params, _prepared(x, centered), _prepared(y, centered))
+        # Behind a barrier XLA does not spend its time folding what it takes for constants.
+        weights = jax.lax.optimization_barrier(params)
+        return lpips(weights, _prepared(x, centered), _prepared(y, centered))
 
     return distance
 
@@ -88,7 +90,7 @@ def _read(path, shapes, what: str, unused: str | None = None) -> dict[str, np.nd
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
-def _prepared(images, centered: bool) -> Float[Array, "b 224 224 3"]:
+def _prepared(images, centered: bool) -> Float[Array, "b _ _ 3"]:
     """Images in [0, 1], three channels, SIZE x SIZE."""
     images = 0.5 * (images + 1.0) if centered else images
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))

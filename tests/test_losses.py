@@ -315,6 +315,7 @@ def test_further_emas_follow_at_their_own_rates():
 # --- on-policy pairs --------------------------------------------------------------------------------------------------
 
 BOUNDARIES = (1.0, 0.55, 0.2, 0.0)
+on_policy_pairs = jax.jit(losses.on_policy_pairs, static_argnums=(0, 3, 4))
 
 
 def curved(x, t, index):
@@ -335,7 +336,7 @@ def test_on_policy_starts_are_the_samplers_states_and_ends_the_teachers(steps, n
         rows.append(len(x))
         return curved(x, t, index)
 
-    found = losses.on_policy_pairs(velocity, states, positions, BOUNDARIES, num_steps)
+    found = on_policy_pairs(velocity, states, positions, BOUNDARIES, num_steps)
     solved = sampling.solve(
         curved, states[:, 0], BOUNDARIES, method="pc", num_scales=num_steps, predictor="rf_solver", save_trajectory=True
     )
@@ -353,7 +354,7 @@ def test_on_policy_starts_are_the_samplers_states_and_ends_the_teachers(steps, n
 
 def test_an_euler_step_along_an_on_policy_target_lands_on_the_teachers_state():
     states = teacher_states(12)
-    on_policy = losses.on_policy_pairs(curved, states, jnp.arange(12), BOUNDARIES, 6)
+    on_policy = on_policy_pairs(curved, states, jnp.arange(12), BOUNDARIES, 6)
     targets = losses.distill_targets(keys(0), {"on_policy": on_policy}, steps=2)
     np.testing.assert_array_equal(targets.x, on_policy["x1"])
     left = segments.tau_of_t(targets.t_end) - segments.tau_of_t(targets.t)
@@ -362,7 +363,7 @@ def test_an_euler_step_along_an_on_policy_target_lands_on_the_teachers_state():
 
 
 def test_stored_and_on_policy_rows_stand_side_by_side():
-    stored, on_policy = pairs(4), losses.on_policy_pairs(curved, teacher_states(3), jnp.arange(3), BOUNDARIES, 3)
+    stored, on_policy = pairs(4), on_policy_pairs(curved, teacher_states(3), jnp.arange(3), BOUNDARIES, 3)
     both = losses.distill_targets(keys(4), stored | {"on_policy": on_policy}, steps=2)
     alone = losses.distill_targets(keys(4), stored, steps=2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:4], b), both, alone)
@@ -387,7 +388,7 @@ def test_on_policy_states_are_those_of_the_ema():
     _, value = _updates(1, 4, {"states": states}, state, on_policy=losses.OnPolicy(BOUNDARIES, 3))
     student = models.velocity_fn(Linear(), ema)
     targets = losses.distill_targets(
-        keys(0), {"on_policy": losses.on_policy_pairs(student, states, jnp.arange(4), BOUNDARIES, 3)}
+        keys(0), {"on_policy": on_policy_pairs(student, states, jnp.arange(4), BOUNDARIES, 3)}
     )
     answer = models.velocity_fn(Linear(), params)(targets.x, targets.t, targets.index)
     assert value[0] == pytest.approx(float(np.mean((answer - targets.velocity) ** 2)), rel=1e-5)
