@@ -1,0 +1,178 @@
+"""scripts/prepare_dataset.py: Fashion-MNIST from IDX files, pictures from a folder, and what is wrong with either."""
+
+import gzip
+import importlib.util
+import pathlib
+import struct
+
+import ml_collections
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+import datasets
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SPEC = importlib.util.spec_from_file_location("prepare_dataset", ROOT / "scripts/prepare_dataset.py")
+prepare_dataset = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(prepare_dataset)
+
+
+def data(dataset, folder, size, channels):
+    """`config.data` of a prepared data set."""
+    return ml_collections.ConfigDict(
+        {"dataset": dataset, "category": "", "data_dir": str(folder), "image_size": size, "num_channels": channels}
+    )
+
+
+def idx(array, kind=0x08):
+    """`array` as an IDX file of unsigned bytes (kind 8), as the format's description has it."""
+    return bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def fashion(folder, count=5, **replaced):
+    """(images, labels) of a small Fashion-MNIST, its four files in `folder`; `replaced`: other contents, by stem."""
+    rng = np.random.default_rng(count)
+    made = {}
+    for prefix, number in (("train", count), ("t10k", 3)):
+        images = rng.integers(0, 256, (number, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, number, np.uint8)
+        contents = {f"{prefix}-images-idx3-ubyte": idx(images), f"{prefix}-labels-idx1-ubyte": idx(labels)}
+        for name, content in contents.items():
+            (folder / f"{name}.gz").write_bytes(gzip.compress(replaced.get(name.split("-idx")[0], content)))
+        made[prefix] = images, labels
+    return made
+
+
+def run(capsys, *arguments):
+    """(exit status, standard error) of the script."""
+    status = prepare_dataset.main([str(argument) for argument in arguments])
+    return status, capsys.readouterr().err
+
+
+def test_fashion_mnist_is_what_tfds_itself_prepares(tmp_path, capsys):
+    made = fashion(tmp_path)
+    assert run(capsys, "fashion_mnist", "--from", tmp_path, "--to", tmp_path / "tfds")[0] == 0
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        source = datasets.image_source(data("FASHION_MNIST", tmp_path / "tfds", 28, 1), split)
+        images, labels = made[prefix]
+        order = [int(np.flatnonzero((images == image[..., 0]).all((1, 2)))[0]) for image in source.read(0, source.size)]
+        assert sorted(order) == list(range(len(images)))
+        np.testing.assert_array_equal(source.labels(), labels[order])
+        assert source.name == "fashion_mnist/3.0.1"
+    # The same features as TFDS's own builder, and the same records in the same order as it would write.
+    own = tfds.builder_cls("fashion_mnist")(data_dir=tmp_path / "own")
+    prepared = tfds.builder("fashion_mnist", data_dir=tmp_path / "tfds", try_gcs=False)
+    assert prepared.info.features.to_json() == own.info.features.to_json()
+    assert prepared.info.full_name == own.info.full_name
+
+
+def test_a_data_set_is_not_overwritten(tmp_path, capsys):
+    fashion(tmp_path)
+    job = ("fashion_mnist", "--from", tmp_path, "--to", tmp_path / "tfds")
+    assert run(capsys, *job)[0] == 0
+    status, line = run(capsys, *job)
+    assert status == 2
+    assert "fashion_mnist/3.0.1 exists; remove it" in line.splitlines()[-1]
+
+
+EMPTY = np.zeros((5, 28, 28), np.uint8)
+DAMAGED = {
+    "labels instead of images": ("train-images", idx(np.zeros(5, np.uint8)), "3 dimension"),
+    "floats": ("train-images", idx(EMPTY, kind=0x0D), "not an IDX file of unsigned bytes"),
+    "no header": ("t10k-labels", b"\0\0", "not an IDX file"),
+    "too few values": ("train-images", idx(EMPTY)[:-1], "holds 3919 values, but its header says 5 x 28 x 28"),
+    "a size beyond all memory": ("train-labels", b"\0\0\x08\x01\xff\xff\xff\xff", "holds 0 values"),
+    "other images": ("train-images", idx(np.zeros((5, 32, 32), np.uint8)), "5 x 32 x 32 and 5 labels"),
+    "other counts": ("train-images", idx(EMPTY[:4]), "4 x 28 x 28 and 5 labels"),
+    "an eleventh class": ("train-labels", idx(np.full(5, 10, np.uint8)), "has a label 10"),
+    "nothing": ("t10k-images", idx(EMPTY[:0]), "0 x 28 x 28 and 3 labels"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_wrong_idx_files_are_one_line(tmp_path, capsys, name):
+    stem, content, expected = DAMAGED[name]
+    fashion(tmp_path, **{stem: content})
+    status, line = run(capsys, "fashion_mnist", "--from", tmp_path, "--to", tmp_path / "tfds")
+    assert status == 2
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert expected in line
+    assert not (tmp_path / "tfds").exists()
+
+
+def test_truncated_missing_and_uncompressed_files_are_one_line(tmp_path, capsys):
+    fashion(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for content, expected in ((whole[:-100], "end-of-stream"), (b"text", "Not a gzipped file"), (None, "No such file")):
+        path.unlink() if content is None else path.write_bytes(content)
+        status, line = run(capsys, "fashion_mnist", "--from", tmp_path, "--to", tmp_path / "tfds")
+        assert (status, line.count("\n")) == (2, 1)
+        assert f"cannot read {path}: " in line
+        assert expected in line
+    status, line = run(capsys, "fashion_mnist", "--from", tmp_path / "nowhere")
+    assert (status, line) == (2, f"error: {tmp_path / 'nowhere'} is not a folder\n")
+
+
+def picture(height, width):
+    """Smooth waves, of which every part is different."""
+    y, x, c = np.mgrid[:height, :width, :3]
+    return np.rint(127.5 + 60 * np.sin(x / 9 + c) + 60 * np.cos(y / 11)).astype(np.uint8)
+
+
+def test_pictures_of_a_folder_become_squares_and_broken_ones_are_named(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    (folder / "cats").mkdir(parents=True)
+    wide, tall = picture(40, 60), picture(90, 50)
+    PIL.Image.fromarray(wide).save(folder / "wide.png")
+    PIL.Image.fromarray(tall).save(folder / "cats/tall.PNG")
+    PIL.Image.fromarray(picture(20, 20)[..., 0]).save(folder / "cats/grey.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "cut.png").write_bytes((folder / "wide.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("not a picture")
+    status, lines = run(capsys, "images", "--from", folder, "--to", tmp_path / "tfds", "--size", 20)
+    assert status == 0
+    assert {line.split(":")[1].strip() for line in lines.splitlines() if line.startswith("skipped: ")} == {
+        str(folder / "broken.jpg"),
+        str(folder / "cut.png"),
+    }
+    source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 20, 3))
+    assert (source.name, source.size, source.image_shape) == ("images/1.0.0", 3, (20, 20, 3))
+    squares = [wide[:, 10:50].astype(float), tall[20:70].astype(float), picture(20, 20)[..., [0, 0, 0]].astype(float)]
+    found = source.read(0, 3).astype(float)
+    for square in squares:
+        # The mean over each output pixel's area, an independent resize that is close for smooth pictures.
+        fine = square.repeat(20, 0).repeat(20, 1)
+        side = len(square)
+        expected = fine.reshape(20, side, 20, side, 3).mean((1, 3))
+        assert min(np.abs(image - expected).max() for image in found) < 5
+
+
+def test_pictures_are_stored_alike_wherever_they_lie(tmp_path, capsys):
+    contents = []
+    for name in ("one", "another"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in np.arange(9) if name == "one" else np.arange(9)[::-1]:
+            PIL.Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+        assert run(capsys, "images", "--from", folder, "--to", tmp_path / f"{name}_tfds", "--size", 8)[0] == 0
+        (file,) = tmp_path.glob(f"{name}_tfds/images/1.0.0/*tfrecord*")
+        contents.append(file.read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "content", "expected"), [(0, b"", "--size 0"), (8, None, "no readable picture"), (8, b"x", "no readable")]
+)
+def test_a_folder_without_pictures_is_refused(tmp_path, capsys, size, content, expected):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    if content is not None:
+        (folder / "a.png").write_bytes(content)
+    status, lines = run(capsys, "images", "--from", folder, "--to", tmp_path / "tfds", "--size", size)
+    assert status == 2
+    assert expected in lines.splitlines()[-1]
+    assert not (tmp_path / "tfds").exists()
