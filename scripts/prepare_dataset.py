@@ -24,9 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import absl.logging
 import numpy as np
 from jaxtyping import UInt8
 
+import runtime
 from utils import InputError
 
 SIDE = 28  # pixels of a Fashion-MNIST image
@@ -142,6 +144,7 @@ def prepare_images(folder: Path, data_dir: str, size: int) -> str:
 
 def _write(name, version, features, splits, data_dir) -> str:
     """Writes a TFDS data set, under another name until it is complete."""
+    runtime.tensorflow_on_cpu()
     import tensorflow_datasets as tfds
 
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -163,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         job.add_argument("--to", dest="data_dir", required=job is images, help="TFDS folder to write in")
     images.add_argument("--size", type=int, required=True, help="side of the stored images, in pixels")
     options = parser.parse_args(arguments)
+    runtime.set_environment()
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns that what it is about to write is not there yet
     try:
         if not options.folder.is_dir():
             raise InputError(f"{options.folder} is not a folder")
