@@ -42,6 +42,16 @@ PREPARED_HERE = {
 }
 
 
+def scale(levels: Any, *, centered: bool, dequantized: bool) -> Any:
+    """float32 pixel levels in the model's range: [-1, 1] if `centered`, else [0, 1]; for NumPy and TensorFlow alike.
+
+    Args:
+      levels: any shape, from 0 to 255, or to 256 if `dequantized`: U[0, 1) has been added.
+    """
+    unit = levels / (256 if dequantized else 255)
+    return unit * 2 - 1 if centered else unit
+
+
 def unscale(
     x: Float[np.ndarray, "*batch height width channels"], centered: bool
 ) -> Float[np.ndarray, "*batch height width channels"]:
@@ -375,15 +385,9 @@ def _prepared(data, seed: int, batch_size: int, first: int, update, images):
         mirrored = tf.random.stateless_uniform([batch_size], [seed, 2 * update])[first : first + count] < 0.5
         images = tf.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     levels = tf.cast(images, tf.float32)
-    if not data.uniform_dequantization:
-        return _scaled(levels / 255, data.centered)
-    noise = tf.random.stateless_uniform([batch_size, *shape], [seed, 2 * update + 1])[first : first + count]
-    return _scaled((levels + noise) / 256, data.centered)
-
-
-def _scaled(unit, centered: bool):
-    """Images in [0, 1] in the model's range: [-1, 1] if `centered`, else [0, 1]."""
-    return unit * 2 - 1 if centered else unit
+    if data.uniform_dequantization:
+        levels += tf.random.stateless_uniform([batch_size, *shape], [seed, 2 * update + 1])[first : first + count]
+    return scale(levels, centered=data.centered, dequantized=data.uniform_dequantization)
 
 
 def _by_device(devices: int, batch):

@@ -214,8 +214,6 @@ def start_points(
         data = (image[:, ::-1] if flip[row] else image).astype(np.float32)
         if dequantize:
             data += random.random(image.shape, np.float32)
-        data /= np.float32(256 if dequantize else 255)
-        if centered:
-            data = data * np.float32(2) - np.float32(1)
+        data = datasets.scale(data, centered=centered, dequantized=dequantize)
         out[row] = segments.noisy_image(data, noise, tau[row])
     return out
