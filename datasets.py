@@ -136,7 +136,7 @@ class ArraySource(ImageSource):
         self.image_shape = tuple(shape)
         self.identity = f"{name} {images.shape}"
 
-    def labels(self):
+    def labels(self) -> Int[np.ndarray, "size"]:
         if self._labels is None:
             raise InputError(f"the data set {self.name} has no labels")
         return self._labels
@@ -163,7 +163,7 @@ class TfdsSource(ImageSource):
       image_size: the side that the square is resized to, without aliasing.
     """
 
-    def __init__(self, builder, split: str, crop: int | None, image_size: int):
+    def __init__(self, builder: Any, split: str, crop: int | None, image_size: int):
         import tensorflow_datasets as tfds
 
         self._builder, self._crop = builder, crop
@@ -174,7 +174,7 @@ class TfdsSource(ImageSource):
         self.image_shape = (image_size, image_size, builder.info.features["image"].shape[-1])
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
 
-    def labels(self):
+    def labels(self) -> Int[np.ndarray, "size"]:
         import tensorflow_datasets as tfds
 
         if "label" not in self._builder.info.features:
