@@ -121,7 +121,7 @@ def picture_records(folder: Path, size: int) -> Iterator[tuple[str, dict]]:
         try:
             image = square_picture(path, size)
         except InputError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            tqdm.tqdm.write(f"skipped: {error}", file=sys.stderr)  # clears TFDS's progress bars first
             continue
         yield path.relative_to(folder).as_posix(), {"image": image}
 

@@ -160,10 +160,8 @@ def test_pictures_of_a_folder_become_squares_and_broken_ones_are_named(tmp_path,
     (folder / "notes.txt").write_text("not a picture")
     status, lines = run(capsys, "images", "--from", folder, "--to", tmp_path / "tfds", "--size", 20)
     assert status == 0
-    assert {line.split(":")[1].strip() for line in lines.splitlines() if line.startswith("skipped: ")} == {
-        str(folder / "broken.jpg"),
-        str(folder / "cut.png"),
-    }
+    assert lines.count("skipped: ") == 2
+    assert all(f"skipped: {folder / name}: " in lines for name in ("broken.jpg", "cut.png"))
     source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 20, 3))
     assert (source.name, source.size, source.image_shape) == ("images/1.0.0", 3, (20, 20, 3))
     squares = [wide[:, 10:50].astype(float), tall[20:70].astype(float), picture(20, 20)[..., [0, 0, 0]].astype(float)]
