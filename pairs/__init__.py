@@ -1,1 +1,1 @@
-"""Sets of pairs and of trajectories: plan, manifest, npz (one file), reader, trajectories, workers (who makes a file)."""
+"""Sets of pairs and of trajectories: plan, manifest, npz (one file), reader, trajectories, workers."""
