@@ -95,7 +95,7 @@ def test_features_of_length_zero_stay_zero_with_a_finite_gradient():
     unit, pull_back = jax.vjp(lpips._unit_length, features)
     np.testing.assert_array_equal(unit, features / 5)
     (gradient,) = pull_back(jnp.ones_like(unit))
-    np.testing.assert_allclose(gradient[0, 0, 0], [0.2, 0, 0.2], atol=1e-6)  # across the feature's direction, over its length
+    np.testing.assert_allclose(gradient[0, 0, 0], [0.2, 0, 0.2], atol=1e-6)  # across it
     np.testing.assert_array_equal(gradient[0, 1], 0)
 
 
