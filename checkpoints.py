@@ -22,6 +22,7 @@ from etils import epath
 
 import losses
 import models
+import segments
 from utils import InputError, atomic_path, is_local
 
 logger = logging.getLogger("seqrf")
@@ -32,7 +33,14 @@ _DAMAGED = "incomplete or corrupt checkpoint"
 _NOT_EXPORTED = "is not a file that SeqRF exported (PyTorch checkpoints go to training.import_torch)"
 
 
-def make_metadata(config, stage: str, boundaries, *, source: str = "", teacher: str | None = None) -> dict[str, Any]:
+def make_metadata(
+    config: ml_collections.ConfigDict,
+    stage: str,
+    boundaries: segments.TimesLike,
+    *,
+    source: str = "",
+    teacher: str | None = None,
+) -> dict[str, Any]:
     """The metadata saved beside a state: its stage, the network's settings, its segments and what it was trained on.
 
     Args:
@@ -46,7 +54,7 @@ def make_metadata(config, stage: str, boundaries, *, source: str = "", teacher: 
     return json.loads(json.dumps({**trained, **segmented, **models.network_identity(config)}))
 
 
-def fingerprint(params) -> str:
+def fingerprint(params: Any) -> str:
     """16 hexadecimal digits that tell one tree of weights from another, by names, shapes and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -65,7 +73,7 @@ class RunCheckpoints:
         self._snapshots = _manager(folder / "checkpoints", max_to_keep=None)
         self._latest = _manager(folder / "checkpoints-meta", max_to_keep=1)
 
-    def save(self, state, metadata: dict, *, keep: bool):
+    def save(self, state: Any, metadata: dict, *, keep: bool) -> None:
         """Saves an unreplicated `losses.TrainState`: as a snapshot, or (`keep=False`) as the one to resume from."""
         manager = self._snapshots if keep else self._latest
         step = int(state.step)
@@ -80,7 +88,7 @@ class RunCheckpoints:
         steps = [step for manager in (self._snapshots, self._latest) if (step := manager.latest_step()) is not None]
         return max(steps, default=None)
 
-    def resume(self, like, metadata: dict):
+    def resume(self, like: Any, metadata: dict) -> Any:
         """The latest state, with the structure and shapes of `like`, or None for a new run.
 
         Raises:
@@ -160,7 +168,7 @@ def _damage_named(what: str):
         raise InputError(f"{what}: {reason[:200]}") from error
 
 
-def steps_in(stage_folder) -> list[int]:
+def steps_in(stage_folder: epath.PathLike) -> list[int]:
     """The steps of a stage's snapshots, ascending; empty if there is none."""
     folder = epath.Path(stage_folder) / "checkpoints"
     if not folder.is_dir():
@@ -168,7 +176,7 @@ def steps_in(stage_folder) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
-def read_metadata(path) -> dict[str, Any]:
+def read_metadata(path: epath.PathLike) -> dict[str, Any]:
     """The `make_metadata` saved with the weights at `path` (any that `load_weights` takes). Reads no array.
 
     Raises:
@@ -178,7 +186,7 @@ def read_metadata(path) -> dict[str, Any]:
     return _file_metadata(path) if path.is_file() else _folder_metadata(path)
 
 
-def load_weights(path, config, *, ema_rate: float = 0.0) -> models.Weights:
+def load_weights(path: epath.PathLike, config: ml_collections.ConfigDict, *, ema_rate: float = 0.0) -> models.Weights:
     """The weights at `path`, for `models.create_model(config)`: one head is copied to k = training.reflow_t.
 
     Args:
@@ -230,7 +238,7 @@ def _check_shapes(what: str, tree, shapes):
             )
 
 
-def restore(path, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
+def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
     """The weights at `path`, with their own number of heads, and their metadata. `ema_rate` as in `load_weights`."""
     path = _resolve(path)
     metadata = read_metadata(path)
@@ -270,7 +278,13 @@ def _resolve(path):
     return trained[0] / "checkpoints" / str(steps_in(trained[0])[-1])
 
 
-def export_file(path, weights: models.Weights, config, boundaries=None, teacher: str | None = None):
+def export_file(
+    path: epath.PathLike,
+    weights: models.Weights,
+    config: ml_collections.ConfigDict,
+    boundaries: segments.TimesLike | None = None,
+    teacher: str | None = None,
+) -> None:
     """Writes weights, EMA and Adam moments as one safetensors file that `load_weights` reads without torch.
 
     Args:

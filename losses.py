@@ -424,13 +424,13 @@ def make_train_step(
       on_policy: for batches with "states".
     """
 
-    def batch_loss(params, wanted: Targets, dropout_key):
+    def batch_loss(params: Any, wanted: Targets, dropout_key: Array) -> Array:
         labels = segments.label_of_t(wanted.t)
         rngs = {"dropout": dropout_key}
         velocity = model.apply({"params": params}, wanted.x, labels, wanted.index, train=True, rngs=rngs)
         return loss(velocity, wanted)
 
-    def update(state: TrainState, batch):
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         device = parallel.device_index()
         batch = _with_on_policy_pairs(models.velocity_fn(model, state.ema_params), batch, device, on_policy)
         wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
@@ -441,7 +441,7 @@ def make_train_step(
         change, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
 
-        def follow(average, rate):
+        def follow(average: Any, rate: Any) -> Any:
             rate = ema_rate_at(state.step + 1, rate, variable_ema_rate)
             # In this form an EMA that equals the weights stays equal, bit for bit.
             return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), average, params)
@@ -480,7 +480,7 @@ def _with_on_policy_pairs(velocity, batch, device, on_policy: OnPolicy | None):
 def _repeated(update):
     """`update` of (state, batch) for stacked batches."""
 
-    def updates(state: TrainState, batches):
+    def updates(state: TrainState, batches: Batch) -> tuple[TrainState, Array]:
         if jax.default_backend() != "cpu":
             return jax.lax.scan(update, state, batches)
         # On a CPU, XLA runs the gradient of a convolution ten times slower inside a loop, so this one is written out.

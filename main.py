@@ -21,7 +21,7 @@ flags.DEFINE_string("log_name", "seqrf", "The name of the run in Weights & Biase
 flags.mark_flags_as_required(["workdir", "config", "mode"])
 
 
-def main(argv):
+def main(argv: list[str]):
     """Dispatches to `run_lib`; imports it late, so that --help and wrong flags answer at once."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")

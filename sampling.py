@@ -242,7 +242,7 @@ def _make_solver(table, name, setting):
 def _ode_term(velocity, index):
     """The right-hand side for diffrax, in tau, with the weights of segment `index`."""
 
-    def vector_field(tau, x, _):
+    def vector_field(tau: Time, x: State, _: Any) -> Any:
         t = jnp.full(x.shape[:1], segments.t_of_tau(tau), jnp.float32)
         return velocity(x, t, jnp.full(x.shape[:1], index, jnp.int32))
 
@@ -268,7 +268,7 @@ def _solve_fixed(velocity, x, boundaries, grid: segments.StepGrid, solver, save_
         _check_trajectory_memory(steps + 1, x)
     taus = segments.tau_of_t(boundaries)
 
-    def step(carry, now):
+    def step(carry: tuple, now: segments.StepGrid) -> tuple:
         x, solver_state = carry
         tau_from, tau_to = segments.tau_of_t(now.t_from), segments.tau_of_t(now.t_to)
         term, span = _ode_term(velocity, now.segment), (taus[now.segment], taus[now.segment + 1])
@@ -312,18 +312,18 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
         raise ValueError(f"unknown error_norm {error_norm!r}; use one of {', '.join(ERROR_NORMS)}")
     solver = _make_solver(SOLVERS, solver, "solver")
 
-    def batch(term, x, f0, taus):
+    def batch(term: diffrax.AbstractTerm, x: State, f0: State, taus: tuple) -> tuple:
         return _integrate(term, solver, x, f0, taus, tol)
 
-    def each(term, x, f0, taus):
+    def each(term: diffrax.AbstractTerm, x: State, f0: State, taus: tuple) -> tuple:
         # A batch of one image under vmap: the network is still called with whole batches.
-        def one(x, f0):
+        def one(x: Any, f0: Any) -> tuple:
             return _integrate(term, solver, x[None], f0[None], taus, tol)
 
         end, steps, states = jax.vmap(one)(x, f0)
         return end[:, 0], steps, (None if states is None else jnp.moveaxis(states[:, :, 0], 0, 1))
 
-    def segment(x, span):
+    def segment(x: State, span: tuple) -> tuple:
         t_start, t_end, index = span
         term = _ode_term(velocity, index)
         tau_start, tau_end = segments.tau_of_t(t_start), segments.tau_of_t(t_end)
@@ -353,7 +353,7 @@ def _first_step(term, x, f0, span, tol, error_order):
     direction = jnp.where(start < end, 1, -1)
     length = direction * (end - start)
 
-    def norm(change):
+    def norm(change: Array) -> Array:
         return _root_mean_square(change / (tol + tol * jnp.abs(x)))
 
     d0, d1 = norm(x), norm(f0)
@@ -517,10 +517,10 @@ def straightness(
     overlap = jnp.minimum(ts[:-1, None], boundaries[:-1]) - jnp.maximum(ts[1:, None], boundaries[1:])
     overlap = jnp.maximum(overlap, 0.0)
 
-    def mean_square(difference):
+    def mean_square(difference: Array) -> Array:
         return jnp.sum(difference**2) / xs.shape[1]
 
-    def step(n):
+    def step(n: Array) -> tuple:
         # Indexed inside the loop: slices as the loop's inputs would be two more copies of all states.
         slope = (xs[n] - xs[n + 1]) / lengths[n]
         per_segment = jax.lax.map(lambda chord: mean_square(chord - slope), chords)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Float
@@ -50,7 +51,7 @@ class CheckpointRef:
         return segments.validate_boundaries(self.metadata["boundaries"])
 
 
-def checkpoint_at(path: epath.PathLike, config, ema_rate: float = 0.0) -> CheckpointRef:
+def checkpoint_at(path: epath.PathLike, config: ml_collections.ConfigDict, ema_rate: float = 0.0) -> CheckpointRef:
     """The checkpoint at `path`: a PyTorch file (.pth, .pt), or what `checkpoints.load_weights` takes.
 
     Args:
@@ -65,7 +66,7 @@ def checkpoint_at(path: epath.PathLike, config, ema_rate: float = 0.0) -> Checkp
     return CheckpointRef(str(path), checkpoints.read_metadata(path), load)
 
 
-def given_checkpoint(config, ema_rate: float = 0.0) -> CheckpointRef | None:
+def given_checkpoint(config: ml_collections.ConfigDict, ema_rate: float = 0.0) -> CheckpointRef | None:
     """What the user gives as training.import_torch or else training.import_flax; None: neither."""
     torch_path, flax_path = config.training.import_torch, config.training.import_flax
     if is_given(torch_path):
@@ -73,7 +74,7 @@ def given_checkpoint(config, ema_rate: float = 0.0) -> CheckpointRef | None:
     return checkpoint_at(flax_path, config, ema_rate) if is_given(flax_path) else None
 
 
-def starting_checkpoint(config, parent: epath.Path | None) -> CheckpointRef | None:
+def starting_checkpoint(config: ml_collections.ConfigDict, parent: epath.Path | None) -> CheckpointRef | None:
     """What a stage starts from: given by the user, else the last snapshot of the stage before, in the folder `parent`.
 
     Without a parent, None where nothing is given.
@@ -92,7 +93,9 @@ def starting_checkpoint(config, parent: epath.Path | None) -> CheckpointRef | No
     return checkpoint_at(parent, config)
 
 
-def checkpoints_to_evaluate(config, stage_folder: epath.Path) -> dict[int | None, CheckpointRef]:
+def checkpoints_to_evaluate(
+    config: ml_collections.ConfigDict, stage_folder: epath.Path
+) -> dict[int | None, CheckpointRef]:
     """The checkpoints that an evaluation was asked for, by step; one given by the user has the step None until loaded.
 
     Raises:
@@ -116,7 +119,7 @@ def checkpoints_to_evaluate(config, stage_folder: epath.Path) -> dict[int | None
     return {step: checkpoint_at(folder / str(step), config, ema_rate) for step in steps}
 
 
-def evaluated_segments(config, checkpoint: CheckpointRef) -> int:
+def evaluated_segments(config: ml_collections.ConfigDict, checkpoint: CheckpointRef) -> int:
     """k of an evaluation: training.reflow_t, or where that is 1, the checkpoint's.
 
     Raises:
@@ -130,7 +133,9 @@ def evaluated_segments(config, checkpoint: CheckpointRef) -> int:
     return k
 
 
-def evaluated_boundaries(config, workdir, checkpoint: CheckpointRef) -> Float[np.ndarray, "boundaries"]:
+def evaluated_boundaries(
+    config: ml_collections.ConfigDict, workdir: epath.Path, checkpoint: CheckpointRef
+) -> Float[np.ndarray, "boundaries"]:
     """The segments that a checkpoint is sampled on: its own; of one head that was copied, those of this workdir's pairs
     where they have as many, else uniform ones."""
     k = config.training.reflow_t
@@ -186,7 +191,7 @@ class TrainingData:
             )
 
 
-def image_data(config, workdir: epath.Path) -> TrainingData:
+def image_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainingData:
     """The images of the data set, for 1-RF. Raises InputError where it is missing."""
     datasets.image_source(config.data)
     batches = functools.partial(
@@ -199,12 +204,12 @@ def image_data(config, workdir: epath.Path) -> TrainingData:
     return TrainingData(segments.uniform_boundaries(1), lambda start: batches(start_step=start))
 
 
-def pair_data(config, workdir: epath.Path) -> TrainingData:
+def pair_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainingData:
     """The pair set of this workdir. Raises InputError where there is none, or of another k, image size or range."""
     return _set_data(config, [(_open_pairs(config, workdir), config.training.batch_size)])
 
 
-def distillation_data(config, workdir: epath.Path) -> TrainingData:
+def distillation_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainingData:
     """The pair set and, for the share training.on_policy of a batch, the trajectory set, of the same teacher.
 
     Raises:
@@ -257,6 +262,6 @@ def _set_data(config, sets: list[tuple[Any, int]]) -> TrainingData:
     return TrainingData(first.boundaries, batches, first.manifest.get("teacher"), first.folder, on_policy)
 
 
-def image_shape(config) -> tuple[int, int, int]:
+def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     """(H, W, C) of the run's images."""
     return (config.data.image_size, config.data.image_size, config.data.num_channels)
