@@ -137,6 +137,7 @@ class ArraySource(ImageSource):
         self.identity = f"{name} {images.shape}"
 
     def labels(self) -> Int[np.ndarray, "size"]:
+        """As given."""
         if self._labels is None:
             raise InputError(f"the data set {self.name} has no labels")
         return self._labels
@@ -145,11 +146,13 @@ class ArraySource(ImageSource):
         return self._images[start:stop]
 
     def shuffled(self, seed: Any) -> Any:
+        """Shuffled as a whole; the records are the images."""
         tf = tensorflow_on_cpu()
         records = tf.data.Dataset.from_tensor_slices(self._images)
         return records.shuffle(self.size, seed=seed[0], reshuffle_each_iteration=False)
 
     def image(self, record: Any) -> Any:
+        """The record itself."""
         return record
 
 
@@ -175,6 +178,7 @@ class TfdsSource(ImageSource):
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
 
     def labels(self) -> Int[np.ndarray, "size"]:
+        """TFDS's, in the order of the images."""
         import tensorflow_datasets as tfds
 
         if "label" not in self._builder.info.features:
@@ -195,6 +199,7 @@ class TfdsSource(ImageSource):
         return functools.reduce(lambda first, second: first.concatenate(second), records)
 
     def shuffled(self, seed: Any) -> Any:
+        """The files in a random order, interleaved, then a buffer of SHUFFLE_BYTES."""
         tf = tensorflow_on_cpu()
         files = [str(path) for path in self._split.filepaths]
         records = tf.data.Dataset.from_tensor_slices(files)
@@ -206,6 +211,7 @@ class TfdsSource(ImageSource):
         return records.shuffle(buffer_size, seed=seed[1], reshuffle_each_iteration=False)
 
     def image(self, record: Any) -> Any:
+        """Decoded, its central square resized."""
         return self._square(self._decoder.deserialize_example(record)["image"])
 
     def _square(self, image):
