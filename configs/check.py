@@ -3,6 +3,7 @@
 The tables below hold the choices and ranges of all settings but the network's, which are in models/factory.py.
 """
 
+import losses
 import models
 import sampling
 import segments
@@ -14,13 +15,13 @@ CHOICES = {
     "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
     "training.reflow_dtype": ("float32", "float16"),
     "training.reflow_pairs": ("segments", "trajectory"),
-    "training.loss": ("l2", "huber", "lpips_huber"),
-    "training.t_distribution": ("uniform", "ushape", "exponential", "logitnormal"),
+    "training.loss": (*losses.LOSSES, "lpips_huber"),
+    "training.t_distribution": tuple(losses.T_DISTRIBUTIONS),
     "optim.schedule": ("constant", "cosine"),
     "eval.reflow_mode": ("eval_reflow", "eval_distill"),
     "sampling.method": ("ode", "pc"),
     "sampling.solver": tuple(sampling.SOLVERS),
-    "sampling.predictor": ("rf_solver", "rf_solver_heun", "rf_reinterpolate", *sampling.SOLVERS),
+    "sampling.predictor": tuple(sampling.PREDICTORS),
     "sampling.error_norm": ("batch", "sample"),
     "sampling.time_grid": ("uniform", "adaptive"),
 }

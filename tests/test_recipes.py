@@ -1,3 +1,6 @@
+import importlib
+import pathlib
+
 import pytest
 
 from configs.default import get_default_config
@@ -30,3 +33,13 @@ def test_improved_reflow_takes_lpips_where_its_weights_are_given_and_an_override
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"unknown recipe 'papre': use one of paper, 2rf\+\+, on_policy"):
         apply_recipe(get_default_config(), "papre")
+
+
+CONFIGURATIONS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs/rf").glob("*_rf_*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_configuration_takes_a_recipe(name):
+    get_config = importlib.import_module(f"configs.rf.{name}").get_config
+    assert get_config().to_json() == get_config("paper").to_json()
+    assert get_config("2rf++").training.t_distribution == "ushape"
