@@ -22,6 +22,15 @@ PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 install_import_hook(MODULES + PACKAGES, "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_released():
+    """Releases what the tests of a module have compiled: that of the whole suite takes many gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def whole_set(tmp_path_factory):
     """The folder of the set of `pair_maker.plan`, 60 pairs in 5 files; not to be changed."""

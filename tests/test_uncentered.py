@@ -1,4 +1,4 @@
-"""Every training stage on images in [0, 1] (`data.centered=False`), held against what noise and digits are there."""
+"""Every stage on images in [0, 1] (`data.centered=False`), held against what noise and digits are there."""
 
 import json
 
@@ -7,11 +7,13 @@ import PIL.Image
 import pytest
 
 import datasets
+import features
 import reflow
 import run_lib
 import segments
 import sources
 from configs.rf.digits_rf_continuous import get_config
+from evaluation import frechet_distance
 from utils import InputError
 
 # E min(max(n, 0), 1) for n ~ N(0, 1): how bright noise is when it is shown as an image in [0, 1].
@@ -91,6 +93,23 @@ def brightness(picture):
 @pytest.mark.parametrize("stage", ["1_rf", "2_rf", "2_distill"])
 def test_snapshots_show_the_unit_range(workdir, stage):
     assert brightness(workdir / stage / "samples/step_4.png") == pytest.approx(BRIGHTNESS_OF_NOISE, abs=0.03)
+
+
+@pytest.mark.parametrize("mode", ["eval_reflow", "eval_distill"])
+def test_evaluation_measures_and_shows_the_unit_range(workdir, mode):
+    run_lib.evaluate(config(eval={"reflow_mode": mode}), workdir, mode)
+    folder = workdir / mode / "step_4"
+    assert brightness(folder / "samples.png") == pytest.approx(BRIGHTNESS_OF_NOISE, abs=0.03)
+    found = json.loads((folder / "metrics.json").read_text())["fid_digits_classifier"]
+    network = features.feature_network(config().data, "none")
+    noise = np.random.default_rng(0).normal(size=(2048, 8, 8, 1))
+    real = network.features_and_logits(datasets.digits()[0])[0]
+    unit, centered = (
+        frechet_distance(real, network.features_and_logits(np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8))[0])
+        for shown in (noise, (noise + 1) / 2)
+    )
+    assert abs(unit - centered) > 0.1 * unit
+    assert abs(found - unit) < 0.25 * abs(found - centered)
 
 
 def test_pairs_in_one_range_do_not_train_a_network_of_the_other(workdir):

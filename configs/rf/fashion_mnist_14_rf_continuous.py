@@ -1,8 +1,8 @@
 """Fashion-MNIST at 14 x 14 grey, half of its size, resized without aliasing: the bench for studies on a CPU.
 
     python scripts/prepare_dataset.py fashion_mnist --from /usr/share/datasets/fashion-mnist
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python main.py --mode=train --config.model.rf_phase=1 \
-        --config=configs/rf/fashion_mnist_14_rf_continuous.py --workdir=runs/fashion_mnist_14
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python main.py --mode=train \
+        --config=configs/rf/fashion_mnist_14_rf_continuous.py --workdir=runs/fashion_mnist_14 --config.model.rf_phase=1
 
 Source: the digits configuration, half as wide again; chosen here, not published anywhere. Time: 0.16 s an update for
 two thirds of the width and 0.36 s for four thirds, measured on 2 calm CPU cores, so about half an hour for the 6,000

@@ -1,7 +1,7 @@
 """Fashion-MNIST, 28 x 28 grey, through TFDS.
 
     python scripts/prepare_dataset.py fashion_mnist --from /usr/share/datasets/fashion-mnist
-    python main.py --mode=train --config.model.rf_phase=1 --config=configs/rf/fashion_mnist_rf_continuous.py \
+    python main.py --config=configs/rf/fashion_mnist_rf_continuous.py --mode=train --config.model.rf_phase=1 \
         --workdir=runs/fashion_mnist
 
 Source: CIFAR-10's network with half the width and blocks; chosen here, not published anywhere. Not run here: it is
