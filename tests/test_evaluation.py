@@ -231,7 +231,7 @@ def test_quality_compares_exactly_the_samples_and_counts_their_cost():
     unit = np.clip((np.asarray(x) + 1) / 2, 0, 1)
     np.testing.assert_allclose(shown, unit[:4], atol=1e-5)
     np.testing.assert_allclose(np.concatenate(seen), 255 * unit, atol=0.51)
-    fake = np.concatenate([means(images)[0] for images in seen])
+    fake = np.concatenate([means(images)[0] for images in tuple(seen)])  # `means` appends to `seen`
     assert quality["fid_means"] == evaluation.frechet_distance(real.features, fake)
     assert quality["is_means"] == pytest.approx(1)
     assert quality["nfe"] == 8
