@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch_twin
+from etils import epath
 
 import checkpoints
 import models
@@ -215,7 +216,8 @@ def test_an_evaluation_finds_many_step_runs_picks_an_ema_and_measures_the_distan
     shutil.copytree(trajectories, folder)
     on_policy = {"on_policy": 1.0, "distill_steps": 2, "n_iters": 2, "snapshot_sampling": False}
     shutil.rmtree(folder / "samples" / "reflow_batch")  # which on-policy distillation alone does not read
-    run_lib.train(reflow_config("train_distill", training=on_policy, model={"ema_rates": (0.5,)}), folder)
+    fixed_rates = {"ema_rates": (0.5,), "variable_ema_rate": False}
+    run_lib.train(reflow_config("train_distill", training=on_policy, model=fixed_rates), folder)
     assert checkpoints.steps_in(folder / "2_distill_2") == [0, 2]
     found = {}
     for rate in (0.0, 0.5):
@@ -304,7 +306,7 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     for path in (trained, exported):
         config = reflow_config(training={"import_flax": str(path)})
         given = sources.given_checkpoint(config)
-        boundaries = sources.evaluated_boundaries(config, tmp_path / "elsewhere", given)
+        boundaries = sources.evaluated_boundaries(config, epath.Path(tmp_path) / "elsewhere", given)
         np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
     # Uniform pairs are nothing that it learned from.
     (tmp_path / "other" / "samples").mkdir(parents=True)
