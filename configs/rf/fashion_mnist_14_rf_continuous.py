@@ -4,9 +4,10 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python main.py --mode=train \
         --config=configs/rf/fashion_mnist_14_rf_continuous.py --workdir=runs/fashion_mnist_14 --config.model.rf_phase=1
 
-Source: the digits configuration, half as wide again; chosen here, not published anywhere. Time: 0.16 s an update for
-two thirds of the width and 0.36 s for four thirds, measured on 2 calm CPU cores, so about half an hour for the 6,000
-updates. Expect 100 Euler steps to draw recognizable clothes.
+Source: the digits configuration, half as wide again; chosen here, not published anywhere. 422,353 weights. Time: about
+half an hour on 2 calm CPU cores (not measured undisturbed). Result after 4,000 of the 6,000 updates, 100 Euler steps,
+4,096 samples: fid_fashion_mnist_14_classifier 1.05, clothes at a glance; 4,096 test images are at 0.203
+(scripts/floor.py). The classifier is right on 0.9085 of the test images.
 """
 
 import ml_collections
