@@ -110,7 +110,7 @@ def test_images_in_the_other_range_give_another_velocity():
     params = models.import_torch(GOLDEN / "ncsnpp_uncentered.pth", config).ema_params
     config.data.centered = True
     found = output(config, params, expected["x"], 999 * expected["tau"])
-    assert np.abs(found - expected["velocity_ema"]).max() > 1
+    assert np.abs(found - expected["velocity_ema"]).max() > 2.5
 
 
 @golden
