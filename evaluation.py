@@ -19,159 +19,37 @@ import datasets
 import figures
 import sampling
 import utils
+from distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kernel_distance_and_error,
+    precision_recall,
+)
 from features import DataFeatures, real_features
 from sampler import Cost, Sampler, check_finite
-from tfgan_compat import tensorflow_gan
+
+__all__ = [
+    "Protocol",
+    "TrajectoryMetrics",
+    "evaluate_checkpoint",
+    "feature_distances",
+    "floor",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "kernel_distance_and_error",
+    "precision_recall",
+    "rms_to_reference",
+    "sample_quality",
+    "settings",
+    "trajectory_metrics",
+]
 
 SHOWN_IMAGES = 64
-BLOCK = 256  # rows of the matrices of kernels and distances that are in memory at a time
 
 
-# --- distances between two sets of features ---------------------------------------------------------------------------
-
-
-def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Frechet distance of the normal distributions with the features' means and covariances (TF-GAN's).
-
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)); with Inception's features the FID (Heusel et al.,
-    arXiv 1706.08500). Rounding can take the distance of equal sets a little below 0.
-
-    Raises:
-      ValueError: fewer than two samples, different widths, or values that are not finite.
-    """
-    a, b = _comparable(a, b)
-    return float(tensorflow_gan().eval.frechet_classifier_distance_from_activations(a, b))
-
-
-def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Squared maximum mean discrepancy under the kernel (x.y/d + 1)^3; with Inception's features the KID.
-
-    The U-statistic over all pairs (Gretton et al., JMLR 13, eq. 3; Binkowski et al., arXiv 1801.01401): unbiased, so
-    around 0, and sometimes below, for equal distributions.
-
-    Raises:
-      ValueError: as `frechet_distance`.
-    """
-    return kernel_distance_and_error(a, b)[0]
-
-
-def kernel_distance_and_error(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> tuple[float, float]:
-    """`kernel_distance` and its standard error by the jackknife, over the samples of both sets.
-
-    The variance is the sum over both sets of (n - 1)/n sum_i (U_-i - mean U_-i)^2, U_-i the estimate without sample i
-    (Efron and Stein, 1981). On average it is not too small; where the distributions are equal the statistic is
-    degenerate, the variance too large and the statistic not normal. NaN where a set has two samples.
-
-    Raises:
-      ValueError: as `frechet_distance`.
-    """
-    a, b = _comparable(a, b)
-    n, m = len(a), len(b)
-    within_a, within_b, (cross_a, cross_b) = _kernel_sums(a), _kernel_sums(b), _cross_kernel_sums(a, b)
-
-    def estimate(sum_a: Any, sum_b: Any, sum_cross: Any, n: int, m: int) -> Any:
-        return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_cross / (n * m)
-
-    total_a, total_b, cross = within_a.sum(), within_b.sum(), cross_a.sum()
-    distance = estimate(total_a, total_b, cross, n, m)
-    if min(n, m) < 3:
-        return float(distance), float("nan")
-    without_a = estimate(total_a - 2 * within_a, total_b, cross - cross_a, n - 1, m)
-    without_b = estimate(total_a, total_b - 2 * within_b, cross - cross_b, n, m - 1)
-    variance = (n - 1) * np.var(without_a) + (m - 1) * np.var(without_b)
-    return float(distance), float(np.sqrt(variance))
-
-
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    product = a @ b.T
-    product /= a.shape[1]
-    product += 1
-    return product * product * product
-
-
-def _kernel_sums(a: np.ndarray) -> np.ndarray:
-    """[n] for each sample the sum of its kernel values with all others, each value computed once."""
-    sums = np.zeros(len(a))
-    for start in range(0, len(a), BLOCK):
-        kernel = _kernel(a[start : start + BLOCK], a[start:])
-        sums[start : start + BLOCK] += kernel.sum(axis=1) - kernel.diagonal()
-        sums[start + BLOCK :] += kernel[:, BLOCK:].sum(axis=0)
-    return sums
-
-
-def _cross_kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n], [m] for each sample the sum of its kernel values with the other set."""
-    sums_a, sums_b = np.zeros(len(a)), np.zeros(len(b))
-    for start in range(0, len(a), BLOCK):
-        kernel = _kernel(a[start : start + BLOCK], b)
-        sums_a[start : start + BLOCK] = kernel.sum(axis=1)
-        sums_b += kernel.sum(axis=0)
-    return sums_a, sums_b
-
-
-def precision_recall(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
-
-    A set's manifold is the union of balls around its samples, each as wide as the distance to its k-th nearest
-    neighbour. Precision is the share of `fake` on the manifold of `real`, recall that of `real` on the one of `fake`.
-
-    Raises:
-      ValueError: as `frechet_distance`, or a set of k samples or fewer.
-    """
-    real, fake = _comparable(real, fake)
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"sets of {len(real)} and {len(fake)} samples have no {k}-th nearest neighbours")
-    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
-    is_precise, is_recalled = [], np.zeros(len(real), bool)
-    for distances in _squared_distances(fake, real):
-        start = len(is_precise)
-        is_precise.extend((distances <= real_radii).any(axis=1))
-        is_recalled |= (distances <= fake_radii[start : start + len(distances), None]).any(axis=0)
-    return float(np.mean(is_precise)), float(np.mean(is_recalled))
-
-
-def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
-    """[n] squared distances to the k-th nearest of the other samples."""
-    radii = []
-    for distances in _squared_distances(x, x):
-        rows = np.arange(len(distances))
-        distances[rows, len(radii) + rows] = np.inf  # itself
-        radii.extend(np.partition(distances, k - 1, axis=1)[:, k - 1])
-    return np.array(radii)
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray):
-    """Yields the matrix of squared distances, BLOCK rows of it at a time."""
-    squares = np.einsum("md,md->m", b, b)
-    for start in range(0, len(a), BLOCK):
-        rows = a[start : start + BLOCK]
-        yield np.einsum("nd,nd->n", rows, rows)[:, None] + squares - 2 * rows @ b.T
-
-
-def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:
-    """exp(E KL(p(y|x) || p(y))), from 1 to the number of classes (Salimans et al., arXiv 1606.03498; TF-GAN's).
-
-    Raises:
-      ValueError: fewer than two samples, or values that are not finite.
-    """
-    return float(tensorflow_gan().eval.classifier_score_from_logits(_checked("logits", logits)))
-
-
-def _checked(name: str, x: np.ndarray) -> np.ndarray:
-    """`x` in double precision once it is known to be [n >= 2, d] and finite."""
-    if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
-        raise ValueError(f"{name} must be [n, d] with two samples or more, got shape {x.shape}")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} has values that are not finite")
-    return np.asarray(x, np.float64)
-
-
-def _comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of features of one width, in double precision."""
-    a, b = _checked("the first set", a), _checked("the second set", b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features; they must come from one network")
-    return a, b
+# --- distances to the data --------------------------------------------------------------------------------------------
 
 
 def feature_distances(

@@ -24,14 +24,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import datasets
 from runtime import tensorflow_on_cpu
-from tfgan_compat import tensorflow_gan
 from utils import InputError, write_arrays
 
 logger = logging.getLogger("seqrf")
 
 MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
 DIGITS_TRAINED_ON = 1500  # the classifier is tested on the other 297
-INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"  # as in TF-GAN, whose import takes seconds
+INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
+INCEPTION_SIZE = 299  # pixels; this and the handle are TF-GAN's, whose import would take seconds
 HUB_SECONDS = 8  # to wait for TF-Hub's answer before saying that it cannot be reached
 
 
@@ -307,7 +307,7 @@ def inception(path: str) -> FeatureNetwork:
     """
     folder = _inception_folder(path)
     tf = tensorflow_on_cpu()
-    size = tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE
+    size = INCEPTION_SIZE
     model = _loaded_inception(folder, size)
 
     def apply(images: np.ndarray) -> Any:

@@ -30,7 +30,6 @@ import reflow
 import runtime
 import segments
 import sources
-import tfgan_compat
 import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
@@ -547,7 +546,6 @@ def _evaluate_checkpoint(
     if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
         return None
-    tfgan_compat.import_in_background()  # while the samplers are compiled
     values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, teacher)
     named = {"step": step, "model": name, "sampler": sampler.name}
     utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})

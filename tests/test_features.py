@@ -8,11 +8,11 @@ import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
+from tfgan_compat import tensorflow_gan
 
 import datasets
 import evaluation
 import features
-from tfgan_compat import tensorflow_gan
 from utils import InputError
 
 # ---- classifiers of labelled sets
@@ -231,6 +231,7 @@ def test_a_folder_without_inception_is_an_error(tmp_path):
 
 def test_the_handle_is_tf_gans():
     assert tensorflow_gan().eval.INCEPTION_TFHUB == features.INCEPTION_HANDLE
+    assert tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE == features.INCEPTION_SIZE
 
 
 def test_inception_out_of_reach_is_an_error_with_the_remedy(tmp_path, monkeypatch):

@@ -1,19 +1,9 @@
 """TF-GAN imports, works, and leaves TensorFlow as it was."""
 
-import subprocess
-import sys
 import types
 
 import pytest
-
 import tfgan_compat
-
-
-def test_tf_gan_alone_still_fails_to_import():
-    """Once this fails, `tfgan_compat` can be removed."""
-    plain = subprocess.run([sys.executable, "-c", "import tensorflow_gan"], capture_output=True, text=True, timeout=300)
-    assert plain.returncode != 0
-    assert "has no attribute 'estimator'" in plain.stderr
 
 
 def test_tf_gan_imports_and_tensorflow_stays_without_estimators():

@@ -1,4 +1,4 @@
-"""Imports TF-GAN 2.1.0 on TensorFlow 2.21, which lacks a module that TF-GAN's import needs.
+"""Imports TF-GAN 2.1.0, which the distances are compared with, on TensorFlow 2.21, which lacks what its import needs.
 
 TF-GAN's newest release derives some training classes from `tf.estimator` and `tf.compat.v1.estimator`, which TensorFlow
 2.16 removed, so `import tensorflow_gan` fails there. Its evaluation functions need none of that. While TF-GAN is
@@ -7,13 +7,10 @@ TF-GAN's own estimator classes stay unusable.
 """
 
 import contextlib
-import threading
 import warnings
 from types import ModuleType
 
 from runtime import tensorflow_on_cpu
-
-_IMPORTING = threading.Lock()  # one thread at a time replaces the estimators
 
 
 class _Estimators(type):
@@ -49,12 +46,7 @@ def tensorflow_gan() -> ModuleType:
     import tensorflow.compat.v1 as tf1
 
     tf.get_logger().setLevel("ERROR")  # TF-GAN calls functions that TensorFlow deprecates, at length, on the terminal
-    with _IMPORTING, _with_estimators(tf, tf1), warnings.catch_warnings():
+    with _with_estimators(tf, tf1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it and TF-Hub import what setuptools deprecates; setuptools is pinned
         import tensorflow_gan as tfgan
     return tfgan
-
-
-def import_in_background() -> None:
-    """Starts the import, which takes seconds, beside other work such as compiling."""
-    threading.Thread(target=tensorflow_gan, name="import-tfgan").start()
