@@ -412,7 +412,10 @@ def make_train_step(
     variable_ema_rate: bool,
     on_policy: OnPolicy | None = None,
 ) -> Callable:
-    """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, losses [n]), n updates.
+    """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, values), n updates.
+
+    The values are {"loss": [n], "gradient_norm": [n]}, over all devices: the mean loss of each update's batch, and the
+    global norm of its gradient before clipping.
 
     Args:
       model: the network, as `models.create_model` makes it.
@@ -430,7 +433,7 @@ def make_train_step(
         velocity = model.apply({"params": params}, wanted.x, labels, wanted.index, train=True, rngs=rngs)
         return loss(velocity, wanted)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         device = parallel.device_index()
         batch = _with_on_policy_pairs(models.velocity_fn(model, state.ema_params), batch, device, on_policy)
         wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
@@ -453,7 +456,7 @@ def make_train_step(
             opt_state=opt_state,
             extra_ema={name: follow(average, float(name)) for name, average in state.extra_ema.items()},
         )
-        return state, parallel.mean_over_devices(value)
+        return state, {"loss": parallel.mean_over_devices(value), "gradient_norm": optax.tree.norm(gradient)}
 
     return _repeated(update)
 
@@ -480,7 +483,7 @@ def _with_on_policy_pairs(velocity, batch, device, on_policy: OnPolicy | None):
 def _repeated(update):
     """`update` of (state, batch) for stacked batches."""
 
-    def updates(state: TrainState, batches: Batch) -> tuple[TrainState, Array]:
+    def updates(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Array]]:
         if jax.default_backend() != "cpu":
             return jax.lax.scan(update, state, batches)
         # On a CPU, XLA runs the gradient of a convolution ten times slower inside a loop, so this one is written out.
@@ -488,6 +491,6 @@ def _repeated(update):
         for n in range(len(jax.tree.leaves(batches)[0])):
             state, value = update(state, jax.tree.map(lambda rows, n=n: rows[n], batches))
             values.append(value)
-        return state, jnp.stack(values)
+        return state, jax.tree.map(lambda *rows: jnp.stack(rows), *values)
 
     return updates

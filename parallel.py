@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import flax.jax_utils
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from utils import InputError
 
@@ -96,6 +97,21 @@ def split_rows(batches: np.ndarray) -> np.ndarray:
 def first_copy(tree: Any) -> Any:
     """The first device's copy of a replicated tree."""
     return flax.jax_utils.unreplicate(tree)
+
+
+def gather(rows: Any) -> Any:
+    """Every host's rows [n, ...], in host order: [hosts * n, ...], NumPy arrays, on every host.
+
+    Args:
+      rows: a tree of arrays of at most 32 bits a number, of the same shapes on all hosts; all hosts must call.
+    """
+    return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def sync(name: str) -> None:
+    """Waits until every host has reached the point of this name; all hosts must call. Nothing for one process."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def prefetch(batches: Iterator[Any]) -> Iterator[Any]:

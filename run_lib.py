@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -124,8 +123,7 @@ def _prepare(config: Config, mode: str) -> Config:
     """
     check_config(config, mode)
     config = _resolve_segments(config)
-    if mode == "train":
-        runtime.start_hosts()
+    runtime.start_hosts()
     runtime.set_up_compilation_cache(features.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count(), local_devices=jax.local_device_count())
     return config
@@ -230,7 +228,8 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
     run_ahead = parallel.RunAhead()
     pending = None  # the last logged losses, fetched one log later, when the devices have them
     for batch, count in _calls(training, data, step):
-        state, loss = program(state, batch)
+        state, values = program(state, batch)
+        loss = values["loss"]
         run_ahead.add(loss)
         before, step = step, step + count
         progress.update(count)
@@ -487,14 +486,11 @@ def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[
 def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
     """--mode=eval: measures every checkpoint asked for, each into `<workdir>/<eval_folder>/step_<step>/`.
 
-    A checkpoint that was measured with the same settings is not measured again. In a run of several hosts the first
-    one works alone, and the others leave at once.
+    A checkpoint that was measured with the same settings is not measured again. Several hosts all measure the same.
 
     Raises:
       InputError: no checkpoint, no data, no feature network; a setting that cannot work.
     """
-    if int(os.environ.get("JAX_PROCESS_ID") or 0):
-        return
     config = _prepare(config, "eval")
     workdir, stage = epath.Path(workdir), _stage(config, config.eval.reflow_mode)
     found = sources.checkpoints_to_evaluate(config, workdir / stage.folder)

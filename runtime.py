@@ -15,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger("seqrf")
 
-HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws and measures
+HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws snapshots
 # What TensorFlow's libraries write in every import: information, and that jax has registered the GPU's plugins already.
 STARTUP_MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::Init|I\d{4} |\S+ \S+: I |.*(factory for plugin|computation_placer)"

@@ -25,7 +25,7 @@ BATCH = 2
 
 
 def training_update(config, model, params):
-    """The loss of one whole update: forward, backward, Adam, EMA."""
+    """The loss and the gradient's norm of one whole update: forward, backward, Adam, EMA."""
     optim, settings = config.optim, config.model
     transformation = losses.optimizer(
         lr=optim.lr, beta1=optim.beta1, eps=optim.eps, warmup=optim.warmup, grad_clip=optim.grad_clip
@@ -46,8 +46,8 @@ def training_update(config, model, params):
     size, channels = config.data.image_size, config.data.num_channels
     batch = {"image": np.zeros((1, 1, BATCH, size, size, channels), np.float32)}
     program = parallel.map_devices(train_step, devices=device, donate=(0,))
-    _, loss = program(state, batch)
-    return {"loss": float(loss[0, 0])}
+    _, values = program(state, batch)
+    return {name: float(value[0, 0]) for name, value in values.items()}
 
 
 def pair_batch(config, model, params):

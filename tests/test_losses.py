@@ -272,14 +272,14 @@ def _updates(devices, per_device, batches, state=None, on_policy=None):
 
     replicated = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * devices), state)
     state, values = program(replicated, {name: shared(rows) for name, rows in batches.items()})
-    return jax.tree.map(lambda a: a[0], state), values[0]
+    return jax.tree.map(lambda a: a[0], (state, values))
 
 
 def test_updates_do_not_depend_on_how_devices_share_the_batch():
     batches = pairs(16)
     one, loss_one = _updates(1, 8, batches)
     two, loss_two = _updates(2, 4, batches)
-    np.testing.assert_allclose(loss_one, loss_two, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), loss_one, loss_two)
     np.testing.assert_allclose(one.params["scale"], two.params["scale"], atol=1e-5)
     assert int(one.step) == int(two.step) == 2
 
@@ -291,8 +291,22 @@ def test_two_updates_in_one_call_are_two_calls(backend, monkeypatch):
     together, losses_together = _updates(1, 4, batches)
     first, loss_first = _updates(1, 4, {name: rows[:4] for name, rows in batches.items()})
     second, loss_second = _updates(1, 4, {name: rows[4:] for name, rows in batches.items()}, first)
-    np.testing.assert_array_equal(losses_together, [loss_first[0], loss_second[0]])
+    separate = jax.tree.map(lambda *values: np.concatenate(values), loss_first, loss_second)
+    jax.tree.map(np.testing.assert_array_equal, losses_together, separate)
     jax.tree.map(np.testing.assert_array_equal, together, second)
+
+
+def test_the_gradient_norm_is_that_of_the_whole_batch_before_clipping():
+    batch, weights = pairs(8), Linear().init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1))
+    clipping = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=1e-3)
+    _, values = _updates(2, 4, batch, losses.initial_state(fresh_weights(weights["params"]), clipping))
+    wanted = losses.reflow_targets(losses.example_keys(5, jnp.int32(0), jnp.arange(8)), batch)
+    scale = np.float64(weights["params"]["scale"])[..., None]
+    error = (
+        np.float64(wanted.x) * scale + np.float64(segments.tau_of_t(wanted.t))[:, None, None, None] - wanted.velocity
+    )
+    gradient = np.sum(2 * error * wanted.x, axis=(0, 3)) / error.size  # of the mean square, by hand
+    np.testing.assert_allclose(values["gradient_norm"], [np.linalg.norm(gradient)], rtol=1e-5)
 
 
 def test_ema_follows_the_weights_at_its_rate():
@@ -376,7 +390,7 @@ def test_on_policy_updates_do_not_depend_on_how_devices_share_the_batch(share):
     batches = {"states": teacher_states(8)} | (pairs(8) if share < 1 else {})
     one, loss_one = _updates(1, 4, batches, on_policy=options)
     two, loss_two = _updates(2, 2, batches, on_policy=options)
-    np.testing.assert_allclose(loss_one, loss_two, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), loss_one, loss_two)
     np.testing.assert_allclose(one.params["scale"], two.params["scale"], atol=1e-5)
 
 
@@ -385,10 +399,10 @@ def test_on_policy_states_are_those_of_the_ema():
     params, ema = {"scale": jnp.ones((3, 3))}, {"scale": jnp.full((3, 3), 0.25)}
     state = losses.initial_state(fresh_weights(params).replace(ema_params=ema), transformation)
     states = teacher_states(4)
-    _, value = _updates(1, 4, {"states": states}, state, on_policy=losses.OnPolicy(BOUNDARIES, 3))
+    _, values = _updates(1, 4, {"states": states}, state, on_policy=losses.OnPolicy(BOUNDARIES, 3))
     student = models.velocity_fn(Linear(), ema)
     targets = losses.distill_targets(
         keys(0), {"on_policy": on_policy_pairs(student, states, jnp.arange(4), BOUNDARIES, 3)}
     )
     answer = models.velocity_fn(Linear(), params)(targets.x, targets.t, targets.index)
-    assert value[0] == pytest.approx(float(np.mean((answer - targets.velocity) ** 2)), rel=1e-5)
+    assert values["loss"][0] == pytest.approx(float(np.mean((answer - targets.velocity) ** 2)), rel=1e-5)

@@ -39,6 +39,12 @@ def test_a_replicated_tree_comes_back_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, parallel.first_copy(parallel.replicate(tree)), tree)
 
 
+def test_one_process_gathers_its_own_rows_as_they_are():
+    rows = {"features": np.arange(6.0, dtype=np.float32).reshape(3, 2), "index": np.arange(3)}
+    jax.tree.map(np.testing.assert_array_equal, parallel.gather(rows), rows)
+    parallel.sync("alone")
+
+
 def test_prefetched_batches_come_in_their_order():
     devices = jax.local_device_count()
     batches = [{"x": np.full((devices, 2), number, np.float32)} for number in range(5)]

@@ -350,16 +350,6 @@ def test_an_evaluation_takes_k_from_the_checkpoint_and_refuses_another(workdir):
         run_lib.evaluate(config, workdir, "no")
 
 
-def test_an_evaluation_is_the_first_hosts_alone(workdir, monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")  # where nobody answers
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    config = reflow_config(eval={"begin_step": 6})
-    for host in ("1", "0"):
-        monkeypatch.setenv("JAX_PROCESS_ID", host)
-        run_lib.evaluate(config, workdir, "hosts")
-        assert (workdir / "hosts").exists() == (host == "0")
-
-
 def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp_path):
     config = tiny_config(training={"reflow_t": 1})
     saved = torch_twin.checkpoint(torch_twin.randomized(torch_twin.Twin(config)), step=70, updates=3)
