@@ -6,6 +6,7 @@ Inception's, 'fid_digits_classifier' and so on another network's (docs/method.md
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -165,23 +166,29 @@ def trajectory_metrics(
     )
 
 
-def rms_to_reference(
-    sampler: Sampler, params: Any, reference: Sampler, reference_params: Any, count: int, batch_size: int
-) -> float:
-    """RMS over pixels and `count` noises of (sample - the reference solve of another network from the same noise).
-
-    With the sampler's own network and weights the global truncation error (docs/method.md, section 6); with its
-    teacher's the distance to the teacher's own samples.
-
-    Args:
-      reference: whose network, segments and noises are solved at tolerance 1e-6, whatever its options are.
+def reference_samples(sampler: Sampler, params: Any, count: int, batch_size: int) -> list[Float[np.ndarray, "_ h w c"]]:
+    """The samples of the first `count` noises solved at tolerance 1e-6, whatever the sampler's options are, in batches.
 
     Raises:
-      InputError: one of the solvers could not reach its tolerance.
+      InputError: the solver could not reach its tolerance.
     """
+    return list(sampler.reference().samples(params, count, batch_size))
+
+
+def rms_to_reference(
+    sampler: Sampler, params: Any, reference: Sequence[Float[np.ndarray, "_ h w c"]], batch_size: int
+) -> float:
+    """RMS over pixels and noises of (sample - `reference_samples` of the same noises, in batches of `batch_size`).
+
+    To those of the sampler's own network and weights it is the global truncation error (docs/method.md, section 6); to
+    its teacher's the distance to the teacher's own samples.
+
+    Raises:
+      InputError: the solver could not reach its tolerance.
+    """
+    count = sum(map(len, reference))
     samples = sampler.samples(params, count, batch_size)
-    exact = reference.reference().samples(reference_params, count, batch_size)
-    squares = sum(np.sum(np.square(x - y, dtype=np.float64)) for x, y in zip(samples, exact, strict=True))
+    squares = sum(np.sum(np.square(x - y, dtype=np.float64)) for x, y in zip(samples, reference, strict=True))
     return float(np.sqrt(squares / (count * math.prod(sampler.image_shape))))
 
 
@@ -217,12 +224,13 @@ def evaluate_checkpoint(
     protocol: Protocol,
     real: DataFeatures,
     folder: epath.Path,
-    teacher: tuple[Sampler, Any] | None = None,
+    references: dict[str, Callable[[], list[Float[np.ndarray, "_ h w c"]]]],
 ) -> dict[str, float | int]:
     """The numbers of one checkpoint by their names in metrics.json; pictures and curves go into `folder`.
 
     Args:
-      teacher: the teacher's sampler and parameters, for 'rms_to_teacher'.
+      references: `reference_samples` of straightness_samples noises, by the name of the distance to them:
+        'truncation_error' and, where there is a teacher, 'rms_to_teacher'. Several samplers share them.
 
     Raises:
       InputError: a solver could not reach its tolerance.
@@ -230,9 +238,7 @@ def evaluate_checkpoint(
     sampler = sampler.with_time_grid(params, protocol.time_grid)
     count, batch_size = protocol.straightness_samples, protocol.batch_size
     metrics = trajectory_metrics(sampler, params, protocol.boundaries, count, batch_size)
-    errors = {"truncation_error": rms_to_reference(sampler, params, sampler, params, count, batch_size)}
-    if teacher is not None:
-        errors["rms_to_teacher"] = rms_to_reference(sampler, params, *teacher, count, batch_size)
+    errors = {name: rms_to_reference(sampler, params, exact(), batch_size) for name, exact in references.items()}
     quality, images = sample_quality(
         sampler, params, protocol.num_samples, batch_size, real=real, centered=protocol.centered
     )
@@ -259,6 +265,24 @@ def _keep_straightness(metrics: TrajectoryMetrics, boundaries, folder: epath.Pat
         sequential_curve=metrics.sequential_curve,
         boundaries=boundaries,
     )
+
+
+def mark_best(folder: epath.Path, step: int) -> None:
+    """Writes `<folder>/best.json`: the lowest FID of `step_<step>/metrics.json`, its step and among how many it was.
+
+    Compared are the steps that were measured as `step` was, with the same settings but other weights.
+    """
+
+    def measured_as(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entry["settings"].items() if name != "weights"}
+
+    found = {path.parent.name: utils.read_json(path, None) for path in folder.glob("step_*/metrics.json")}
+    last = found[f"step_{step}"]
+    fid = next(name for name in last if name.startswith("fid"))
+    comparable = [e for e in found.values() if e and measured_as(e) == measured_as(last) and e[fid] is not None]
+    if comparable:
+        best = min(comparable, key=lambda entry: (entry[fid], entry["step"]))
+        utils.write_json(folder / "best.json", {"step": best["step"], fid: best[fid], "among": len(comparable)})
 
 
 def settings(

@@ -33,6 +33,7 @@ import tracking
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
 from configs.default import is_given
+from configs.samplers import sampler_configs
 from evaluation import SHOWN_IMAGES
 from pairs import manifest as pairmanifest
 from pairs.plan import PairPlan, plan_pairs
@@ -373,17 +374,20 @@ def _random_weights(config, model) -> models.Weights:
 
 def _sampler(config, model, boundaries) -> Sampler:
     """How the section sampling samples a network."""
-    settings = config.sampling
-    options = {"method": "ode", "tol": settings.tol, "solver": settings.solver, "error_norm": settings.error_norm}
-    if settings.method == "pc":
-        options = {"method": "pc", "predictor": settings.predictor, "num_scales": config.model.num_scales}
     return Sampler(
         model=model,
         boundaries=np.asarray(boundaries, np.float32),
         image_shape=sources.image_shape(config),
-        options=options,
+        options=_sampler_options(config),
         seed=config.seed,
     )
+
+
+def _sampler_options(config) -> dict[str, Any]:
+    settings = config.sampling
+    if settings.method == "pc":
+        return {"method": "pc", "predictor": settings.predictor, "num_scales": config.model.num_scales}
+    return {"method": "ode", "tol": settings.tol, "solver": settings.solver, "error_norm": settings.error_norm}
 
 
 def _data_features(config) -> features.DataFeatures:
@@ -483,10 +487,48 @@ def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measurement:
+    """One sampler's part of an evaluation.
+
+    Attributes:
+      config: as if it were the only sampler.
+      folder: of its results, in the workdir.
+      tracker: of its numbers and pictures.
+    """
+
+    config: Config
+    folder: epath.Path
+    tracker: tracking.Tracker
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A checkpoint that is measured.
+
+    Attributes:
+      step: its update.
+      model_name: as tables call it.
+      params: its EMA.
+      sampler: of its network and segments; every measurement has options of its own.
+      references: as `evaluation.evaluate_checkpoint`, each computed once for all samplers.
+      teacher: the fingerprint of the weights that samples are compared with; None: not compared.
+    """
+
+    step: int
+    model_name: str
+    params: Any
+    sampler: Sampler
+    references: dict[str, Callable[[], list[np.ndarray]]]
+    teacher: str | None
+
+
 def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
     """--mode=eval: measures every checkpoint asked for, each into `<workdir>/<eval_folder>/step_<step>/`.
 
-    A checkpoint that was measured with the same settings is not measured again. Several hosts all measure the same.
+    With several samplers (`eval.samplers`) each has a folder `<eval_folder>_<sampler>` in its place. A checkpoint that
+    was measured with the same settings is not measured again. `best.json` names the step of the lowest FID. Several
+    hosts all measure the same.
 
     Raises:
       InputError: no checkpoint, no data, no feature network; a setting that cannot work.
@@ -495,40 +537,65 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
     workdir, stage = epath.Path(workdir), _stage(config, config.eval.reflow_mode)
     found = sources.checkpoints_to_evaluate(config, workdir / stage.folder)
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
-    check_steps(config, "eval")
+    for each in sampler_configs(config).values() or [config]:
+        check_steps(each, "eval")
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
-    teacher = _teacher(config, workdir)
-    real = _data_features(config)
-    folder, model = workdir / eval_folder, models.create_model(config)
+    model = models.create_model(config)
     sampler_over = functools.cache(lambda *boundaries: _sampler(config, model, boundaries))  # each compiled once
+    teacher, judged_by = _teacher(config, workdir, sampler_over)
+    real = _data_features(config)
     name = stage.model_name.format(k=config.training.reflow_t)
-    with contextlib.closing(_tracker(config, folder, workdir, f"{log_name}-{eval_folder}")) as tracker:
+    parts = _measurements(config, workdir, eval_folder, log_name)
+    with contextlib.closing(parts[0].tracker):
         for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
             weights = loaded.pop(step, None) or source.load()
+            step, params = int(weights.step) if step is None else step, weights.ema_params
             sampler = sampler_over(*sources.evaluated_boundaries(config, workdir, source).tolist())
-            judged_by = teacher and (sampler_over(*teacher[0].tolist()), teacher[1])
-            step = int(weights.step) if step is None else step
-            step_folder = folder / f"step_{step}"
-            values = _evaluate_checkpoint(config, name, sampler, weights, step, real, judged_by, step_folder)
-            if values:
-                tracker.log(step, values)
-                _log_pictures(tracker, step, step_folder)
-    logger.info("metrics and pictures are in %s", folder)
+            references = {"truncation_error": _reference(config, sampler, params)} | judged_by
+            checkpoint = _Measured(step, name, params, sampler, references, teacher)
+            for part in parts:
+                _measure(part, checkpoint, real)
+    for part in parts:
+        if parallel.is_first_host():
+            evaluation.mark_best(part.folder, checkpoint.step)
+        logger.info("metrics and pictures are in %s", part.folder)
 
 
-def _teacher(config, workdir) -> tuple[np.ndarray, Any] | None:
-    """(boundaries, weights) of the teacher that samples are compared with; None: not asked for."""
+def _measurements(config, workdir: epath.Path, eval_folder: str, log_name: str) -> list[_Measurement]:
+    """One for each sampler, in one wandb run, which the first one's tracker closes."""
+    named = {f"_{name}": each for name, each in sampler_configs(config).items()} or {"": config}
+    parts: list[_Measurement] = []
+    for suffix, each in named.items():
+        folder, prefix = workdir / f"{eval_folder}{suffix}", f"{suffix[1:]}/" if suffix else ""
+        if parts:
+            tracker = parts[0].tracker.branch(folder, prefix)
+        else:
+            tracker = _tracker(config, folder, workdir, f"{log_name}-{eval_folder}", prefix=prefix)
+        parts.append(_Measurement(each, folder, tracker))
+    return parts
+
+
+def _reference(config, sampler: Sampler, params) -> Callable[[], list[np.ndarray]]:
+    """The reference solves that samples are compared with, computed when they are first asked for."""
+    count, batch_size = config.eval.straightness_samples, config.eval.batch_size
+    return functools.cache(lambda: evaluation.reference_samples(sampler, params, count, batch_size))
+
+
+def _teacher(config, workdir, sampler_over: Callable[..., Sampler]) -> tuple[str | None, dict[str, Callable]]:
+    """(fingerprint, {'rms_to_teacher': its reference solves}) of the teacher; (None, {}): samples are not compared."""
     if not is_given(config.eval.teacher):
-        return None
+        return None, {}
     source = sources.checkpoint_at(config.eval.teacher, config)
-    return sources.evaluated_boundaries(config, workdir, source), source.load().ema_params
+    params, boundaries = source.load().ema_params, sources.evaluated_boundaries(config, workdir, source)
+    reference = _reference(config, sampler_over(*boundaries.tolist()), params)
+    return checkpoints.fingerprint(params), {"rms_to_teacher": reference}
 
 
-def _evaluate_checkpoint(
-    config, name: str, sampler: Sampler, weights, step: int, real, teacher: tuple[Sampler, Any] | None, folder
-) -> dict[str, float | int] | None:
-    """The numbers of a checkpoint, written to `<folder>/metrics.json`; None if they are there already."""
-    params, protocol = weights.ema_params, _protocol(config, sampler)
+def _measure(part: _Measurement, checkpoint: _Measured, real: features.DataFeatures) -> None:
+    """Writes the numbers of a checkpoint to `<folder>/step_<step>/metrics.json`, unless they are there already."""
+    config, folder = part.config, part.folder / f"step_{checkpoint.step}"
+    sampler = dataclasses.replace(checkpoint.sampler, options=_sampler_options(config))
+    params, protocol = checkpoint.params, _protocol(config, sampler)
     settings = evaluation.settings(
         sampler,
         params,
@@ -537,15 +604,17 @@ def _evaluate_checkpoint(
         sampling=config.sampling.to_dict() | {"num_scales": config.model.num_scales},
         data=f"{config.data.dataset} {config.data.category}".strip(),
     )
-    if teacher:
-        settings["teacher"] = checkpoints.fingerprint(teacher[1])
+    if checkpoint.teacher:
+        settings["teacher"] = checkpoint.teacher
     if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
-        return None
-    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, teacher)
-    named = {"step": step, "model": name, "sampler": sampler.name}
+        return
+    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, checkpoint.references)
+    named = {"step": checkpoint.step, "model": checkpoint.model_name, "sampler": sampler.name}
     utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
-    return values
+    part.tracker.log(checkpoint.step, values)
+    _log_pictures(part.tracker, checkpoint.step, folder)
+    part.tracker.flush()
 
 
 def _protocol(config, sampler: Sampler) -> evaluation.Protocol:

@@ -1,5 +1,6 @@
 """Logs a run's numbers and pictures to the terminal, to metrics.json and to Weights & Biases."""
 
+import copy
 import hashlib
 import logging
 import math
@@ -32,6 +33,7 @@ class Tracker:
         primary: bool = True,
         resume_step: int | float = math.inf,
         file_name: str = "metrics.json",
+        prefix: str = "",
     ):
         """
         Args:
@@ -42,19 +44,31 @@ class Tracker:
           primary: whether this is the first host.
           resume_step: the step that the run resumes from; lines of metrics.json after it are dropped.
           file_name: of metrics.json, where several runs write into one folder.
+          prefix: of every name in wandb, for a run that `branch` has several parts of.
 
         Raises:
           InputError: wandb cannot write into `workdir`.
         """
-        self._path = epath.Path(folder) / file_name
         self._primary = primary
+        self._branches: list[Tracker] = []
+        self._open(epath.Path(folder) / file_name, prefix, resume_step)
+        if primary:
+            self._wandb = _wandb_run(workdir, name, config)
+
+    def _open(self, path: epath.Path, prefix: str, resume_step: int | float = math.inf):
+        self._path, self._prefix = path, prefix
         self._lines: dict[int, dict[str, Any]] = {}  # by step
-        if not primary:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = utils.read_json(self._path, [])
-        self._lines = {line["step"]: line for line in lines if line["step"] <= resume_step}
-        self._wandb = _wandb_run(workdir, name, config)
+        if self._primary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = utils.read_json(path, [])
+            self._lines = {line["step"]: line for line in lines if line["step"] <= resume_step}
+
+    def branch(self, folder: epath.PathLike, prefix: str) -> "Tracker":
+        """A tracker of another folder in the same wandb run, where its names get the prefix; closed with this one."""
+        branch = copy.copy(self)
+        branch._open(epath.Path(folder) / self._path.name, prefix)
+        self._branches.append(branch)
+        return branch
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -67,15 +81,16 @@ class Tracker:
             return
         values = {name: _plain(value) for name, value in values.items()}
         self._lines.setdefault(step, {"step": step}).update(values)
-        self._wandb.log(values, step=step)
-        logger.info("update %d: %s", step, "  ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        self._wandb.log({self._prefix + name: value for name, value in values.items()}, step=step)
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+        logger.info("%supdate %d: %s", self._prefix, step, shown)
 
     def picture(self, step: int, name: str, path: epath.PathLike) -> None:
         """Shows a PNG file in wandb."""
         if self._primary:
             import wandb
 
-            self._wandb.log({name: wandb.Image(os.fspath(path))}, step=step)
+            self._wandb.log({self._prefix + name: wandb.Image(os.fspath(path))}, step=step)
 
     def flush(self) -> None:
         """Writes `<folder>/metrics.json`: `history`."""
@@ -83,9 +98,10 @@ class Tracker:
             utils.write_json(self._path, self.history)
 
     def close(self) -> None:
-        """Flushes and ends the wandb run."""
+        """Flushes, all branches too, and ends the wandb run."""
         if self._primary:
-            self.flush()
+            for part in (self, *self._branches):
+                part.flush()
             self._wandb.finish()
 
 

@@ -8,6 +8,7 @@ import models
 import sampling
 import segments
 from configs.default import is_given
+from configs.samplers import sampler_configs
 from utils import InputError
 
 CHOICES = {
@@ -63,6 +64,8 @@ RANGES = {
 
 def check_config(config, mode: str):
     """Raises InputError for the first value that cannot work in a job of `mode`: train or eval."""
+    for each in sampler_configs(config).values():
+        check_config(each, mode)
     for name, allowed in CHOICES.items():
         if _value(config, name) not in allowed:
             raise InputError(f"--config.{name}={_value(config, name)}: use one of {', '.join(map(str, allowed))}")

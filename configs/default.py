@@ -114,6 +114,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.begin_step = 0  # the checkpoints from this step ...
     evaluate.end_step = 1_000_000_000  # ... to this one ...
     evaluate.interval_step = 1  # ... at multiples of this after begin_step are evaluated
+    evaluate.samplers = ""  # several in one process: ode;euler:1,2,4;heun:4, each into <eval_folder>_<sampler>/
     evaluate.ema_rate = 0.0  # evaluate the EMA of this rate: model.ema_rate (0) or one of model.ema_rates
     evaluate.teacher = "none"  # also measure the distance to this checkpoint's own samples of the same noises
     evaluate.segments = 0  # a 1-RF's sequential straightness is over this many; 0: training.reflow_t

@@ -44,6 +44,8 @@ def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(
         ),
         ("train", {"sampling__method": "pc", "model__num_scales": 3, "training__reflow_t": 4}, "use at least 4"),
         ("train", {"training__n_jitted_steps": 3}, "not a multiple of n_jitted_steps"),
+        ("eval", {"eval__samplers": "ode;euler:1,4", "training__reflow_t": 2}, "num_scales=1 steps cannot cover"),
+        ("eval", {"eval__samplers": "ode:1e-3,0"}, "--config.sampling.tol=0.0"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(mode, settings, message):

@@ -110,7 +110,8 @@ def test_trajectory_metrics_in_small_pieces_of_memory_are_the_same(monkeypatch):
 @pytest.mark.parametrize("options", [EULER, ODE], ids=["euler", "ode"])
 def test_truncation_error_is_the_distance_to_the_closed_form(options):
     tested = sampler_of(Gaussian(), options, UNEVEN)
-    error = evaluation.rms_to_reference(tested, GAUSSIAN, tested, GAUSSIAN, count=9, batch_size=4)
+    reference = evaluation.reference_samples(tested, GAUSSIAN, 9, 4)
+    error = evaluation.rms_to_reference(tested, GAUSSIAN, reference, batch_size=4)
     runs = [direct(tested, GAUSSIAN)([n, n + 1]).x for n in range(0, 10, 2)]
     ends = exact_end(tested.noise(np.arange(10)))
     assert error == pytest.approx(np.sqrt(np.mean((np.concatenate(runs) - ends)[:9] ** 2)), rel=1e-3, abs=5e-6)
@@ -120,7 +121,8 @@ def test_truncation_error_is_the_distance_to_the_closed_form(options):
 def test_rms_to_a_teacher_is_that_of_the_same_noises_in_closed_form():
     teacher_params = {"mean": GAUSSIAN["mean"] + np.float32(0.5), "spread": GAUSSIAN["spread"] * np.float32(1.2)}
     student, teacher = sampler_of(Gaussian(), ODE | {"tol": 1e-5}, UNEVEN), sampler_of(Gaussian(), EULER)
-    found = evaluation.rms_to_reference(student, GAUSSIAN, teacher, teacher_params, count=6, batch_size=4)
+    reference = evaluation.reference_samples(teacher, teacher_params, 6, 4)
+    found = evaluation.rms_to_reference(student, GAUSSIAN, reference, batch_size=4)
     z = student.noise(np.arange(6))
     expected = np.sqrt(np.mean((exact_end(z) - exact_end(z, teacher_params)) ** 2))
     assert found == pytest.approx(expected, rel=1e-3)
@@ -129,4 +131,4 @@ def test_rms_to_a_teacher_is_that_of_the_same_noises_in_closed_form():
 def test_a_reference_solve_out_of_reach_is_an_error_with_the_remedy():
     tested = sampler_of(Explosive(), EULER | {"num_scales": 1})
     with pytest.raises(InputError, match=r"not finite with .*1e-06.*use a checkpoint that was trained longer"):
-        evaluation.rms_to_reference(tested, {}, tested, {}, 2, 2)
+        evaluation.reference_samples(tested, {}, 2, 2)

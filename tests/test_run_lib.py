@@ -12,6 +12,7 @@ import torch_twin
 from etils import epath
 
 import checkpoints
+import evaluation
 import models
 import reflow
 import run_lib
@@ -125,6 +126,39 @@ def test_evaluation_measures_every_checkpoint_asked_for_once(workdir):
     run_lib.evaluate(config, workdir, "ode")
     assert metrics_file.stat().st_mtime_ns > before
     assert [line["step"] for line in json.loads((workdir / "ode" / "metrics.json").read_text())] == [0, 4]
+
+
+def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir, monkeypatch):
+    references = []
+    solve = evaluation.reference_samples
+    monkeypatch.setattr(evaluation, "reference_samples", lambda *a: references.append(a) or solve(*a))
+    config = reflow_config(eval={"begin_step": 0, "interval_step": 4, "samplers": "ode; euler:2,3;heun:2"})
+    run_lib.evaluate(config, workdir, "all")
+    assert len(references) == 2  # steps 0 and 4, for all samplers
+    folders = {name: workdir / f"all_{name}" for name in ("ode", "euler_2", "euler_3", "heun_2")}
+    found = {name: json.loads((folder / "step_4" / "metrics.json").read_text()) for name, folder in folders.items()}
+    assert [entry["sampler"] for entry in found.values()] == ["ODE", "Euler 2", "Euler 3", "Heun 2"]
+    for folder in folders.values():
+        both = [json.loads((folder / f"step_{step}" / "metrics.json").read_text()) for step in (0, 4)]
+        best = min(both, key=lambda entry: entry["fid_digits_classifier"])
+        assert json.loads((folder / "best.json").read_text()) == {
+            "step": best["step"],
+            "fid_digits_classifier": best["fid_digits_classifier"],
+            "among": 2,
+        }
+        assert [line["step"] for line in json.loads((folder / "metrics.json").read_text())] == [0, 4]
+
+    alone = reflow_config(eval={"begin_step": 4, "end_step": 4}, model={"num_scales": 3})
+    alone.sampling.method = "pc"
+    run_lib.evaluate(alone, workdir, "alone")
+    single = json.loads((workdir / "alone" / "step_4" / "metrics.json").read_text())
+    assert {**single, "seconds_per_1000": 0} == {**found["euler_3"], "seconds_per_1000": 0}
+    times = {name: (folder / "step_4" / "metrics.json").stat().st_mtime_ns for name, folder in folders.items()}
+    (folders["heun_2"] / "step_4" / "metrics.json").unlink()
+    run_lib.evaluate(config, workdir, "all")  # what a kill left is measured, and nothing else
+    for name, folder in folders.items():
+        assert ((folder / "step_4" / "metrics.json").stat().st_mtime_ns > times[name]) == (name == "heun_2")
+    assert json.loads((folders["heun_2"] / "step_4" / "metrics.json").read_text())["nfe"] == 4
 
 
 def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir):

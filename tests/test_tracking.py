@@ -49,6 +49,20 @@ def test_numbers_of_one_step_are_one_line_over_all_runs(tmp_path):
     assert lines == [{"step": 1, "a": 5}, {"step": 2, "a": 5}, {"step": 10, "a": 1, "b": 2.0, "c": 3.0}]
 
 
+def test_branches_share_a_wandb_run_and_keep_files_of_their_own(tmp_path):
+    first = tracker(tmp_path, prefix="ode/")
+    second = first.branch(tmp_path / "other", "euler_1/")
+    logged = []
+    first._wandb.log, log = lambda values, step: logged.append(values) or log(values, step=step), first._wandb.log
+    first.log(1, {"fid": 2.0})
+    second.log(1, {"fid": 3.0})
+    first.close()
+    assert logged == [{"ode/fid": 2.0}, {"euler_1/fid": 3.0}]
+    for folder, fid in (("stage", 2.0), ("other", 3.0)):
+        assert json.loads((tmp_path / folder / "metrics.json").read_text()) == [{"step": 1, "fid": fid}]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
 def test_other_hosts_write_nothing(tmp_path):
     run = tracker(tmp_path, primary=False)
     run.log(1, {"loss": 1.0})
