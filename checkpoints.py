@@ -1,16 +1,14 @@
-"""Checkpoints: a run's folders (orbax) and exported files (safetensors).
+"""Checkpoints: a run's folders (orbax) and exported models (`exported`).
 
 A run keeps snapshots in `checkpoints/<step>/` and the latest preemption checkpoint in `checkpoints-meta/<step>/`. Both
 hold `state` (a `losses.TrainState` as nested dicts of arrays) and `info` (its metadata, see `make_metadata`). Reading
 never unpickles. The formats are in docs/method.md, section 9.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 from typing import Any
 
 import flax
@@ -20,17 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+import exported
 import losses
 import models
 import segments
-from utils import InputError, atomic_path, is_local
+from utils import InputError, is_local
 
 logger = logging.getLogger("seqrf")
 
-_TREES = ("params", "ema_params", "mu", "nu")
-_LONGEST_HEADER = 100_000_000  # bytes, of an exported file: safetensors' own limit
 _DAMAGED = "incomplete or corrupt checkpoint"
-_NOT_EXPORTED = "is not a file that SeqRF exported (PyTorch checkpoints go to training.import_torch)"
 
 
 def make_metadata(
@@ -135,7 +131,7 @@ def _absolute(path):
 def _read_state(folder) -> dict:
     """The state of one checkpoint folder as nested dicts of NumPy arrays."""
     folder = _absolute(folder)
-    with _damage_named(f"{folder}: {_DAMAGED}"):
+    with exported.damage_named(f"{folder}: {_DAMAGED}"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
         # Orbax writes nothing for empty trees: clipping has no state, and most runs have one EMA.
         tree["opt_state"]["0"] = {}
@@ -145,27 +141,8 @@ def _read_state(folder) -> dict:
 
 def _folder_metadata(folder) -> dict:
     folder = _absolute(folder)
-    with _damage_named(f"{folder}: {_DAMAGED}"):
-        return _checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
-
-
-def _checked_metadata(metadata: dict) -> dict:
-    for key, kind in {"stage": str, "k": int, "boundaries": list, "data": dict, "model": dict}.items():
-        if not isinstance(metadata.get(key), kind):
-            raise ValueError(f"its metadata lacks {key!r}")
-    if len(metadata["boundaries"]) != metadata["k"] + 1:
-        raise ValueError(f"its metadata has k = {metadata['k']} and {len(metadata['boundaries'])} boundaries")
-    return metadata
-
-
-@contextlib.contextmanager
-def _damage_named(what: str):
-    try:
-        yield
-    except Exception as error:
-        # orbax, tensorstore, safetensors and the JSON reader raise exceptions of many types for damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what}: {reason[:200]}") from error
+    with exported.damage_named(f"{folder}: {_DAMAGED}"):
+        return exported.checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
 
 
 def steps_in(stage_folder: epath.PathLike) -> list[int]:
@@ -183,15 +160,15 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
       InputError: nothing there, or an incomplete or corrupt checkpoint.
     """
     path = _resolve(path)
-    return _file_metadata(path) if path.is_file() else _folder_metadata(path)
+    return exported.read_metadata(path) if path.is_file() else _folder_metadata(path)
 
 
 def load_weights(path: epath.PathLike, config: ml_collections.ConfigDict, *, ema_rate: float = 0.0) -> models.Weights:
     """The weights at `path`, for `models.create_model(config)`: one head is copied to k = training.reflow_t.
 
     Args:
-      path: an exported file (`export_file`), a checkpoint folder `.../checkpoints/<step>`, a stage's folder (its last
-        checkpoint), or a workdir that holds one trained stage.
+      path: an exported model (a folder or its file), a checkpoint folder `.../checkpoints/<step>`, a stage's folder
+        (its last checkpoint), or a workdir that holds one trained stage.
       config: the run's configuration.
       ema_rate: return the EMA of this rate, one of model.ema_rates, as `ema_params`; 0: the main one.
 
@@ -208,14 +185,22 @@ def load_weights(path: epath.PathLike, config: ml_collections.ConfigDict, *, ema
             f"{metadata['k']} or choose a checkpoint with one head"
         )
     weights, _ = restore(path, ema_rate=ema_rate)
-    shapes = models.weight_shapes(models.create_model(config).clone(heads=metadata["k"]))
-    for name in _TREES:
+    with exported.damage_named(f"{path}: {_DAMAGED}"):
+        shapes = models.weight_shapes(models.create_model(config).clone(heads=metadata["k"]))
+    for name in exported.TREES:
         _check_shapes(f"{path}: {name}", getattr(weights, name), shapes)
-    return dataclasses.replace(weights, **{name: models.expand_heads(getattr(weights, name), k) for name in _TREES})
+    trees = {name: models.expand_heads(getattr(weights, name), k) for name in exported.TREES}
+    return dataclasses.replace(weights, **trees)
+
+
+def own_config(metadata: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration of the network that `metadata` describes, for `load_weights` and `models.create_model`."""
+    network = {key: metadata[key] for key in ("data", "model")}
+    return ml_collections.ConfigDict({**network, "training": {"reflow_t": metadata["k"]}})
 
 
 def _check_same_network(path, saved: dict, wanted: dict, remedy: str):
-    with _damage_named(f"{path}: {_DAMAGED}"):
+    with exported.damage_named(f"{path}: {_DAMAGED}"):
         network = models.network_identity(ml_collections.ConfigDict({key: saved[key] for key in ("data", "model")}))
     network = json.loads(json.dumps(network))
     for section, settings in network.items():
@@ -236,6 +221,8 @@ def _check_shapes(what: str, tree, shapes):
                 f"{what}/{'/'.join(path)} has shape {found.get(path, 'none: it is missing')}, the network's is "
                 f"{shapes.get(path, 'none')}; convert or train it again"
             )
+        if leaves[path].dtype != np.float32:
+            raise InputError(f"{what}/{'/'.join(path)} has dtype {leaves[path].dtype}, the network's is float32")
 
 
 def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
@@ -247,8 +234,8 @@ def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weig
         rates = ", ".join(kept) or "none"
         raise InputError(f"{path} has no EMA of rate {ema_rate} beside the main one, its others are: {rates}")
     if path.is_file():
-        return _file_weights(path, metadata), metadata
-    with _damage_named(f"{path}: {_DAMAGED}"):
+        return exported.read_weights(path, metadata), metadata
+    with exported.damage_named(f"{path}: {_DAMAGED}"):
         adam = tree["opt_state"]["1"]  # of the chain clipping, Adam, rate (`losses.optimizer`)
         weights = models.Weights(
             params=tree["params"],
@@ -266,7 +253,9 @@ def _resolve(path):
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"no checkpoint at {path}")
-    if path.is_file() or (path / "state").is_dir():
+    if (file := exported.find(path)) is not None:
+        return file
+    if (path / "state").is_dir():
         return path
     if path.name == "checkpoints":
         path = path.parent
@@ -292,45 +281,9 @@ def export_file(
       boundaries: of the segments that the weights were trained on; None: k = training.reflow_t uniform segments.
       teacher: as in `make_metadata`.
     """
-    from safetensors.numpy import save, save_file
-
     if boundaries is None:
         boundaries = np.linspace(1, 0, (config.training.reflow_t if "training" in config else 1) + 1)
-    exported = make_metadata(config, "exported", boundaries, teacher=teacher)
-    trees = {name: getattr(weights, name) for name in (*_TREES, "extras")}
-    arrays = {name: np.asarray(a, order="C") for name, a in flax.traverse_util.flatten_dict(trees, sep="/").items()}
-    metadata = {"seqrf": json.dumps({**exported, "count": int(weights.count), "step": int(weights.step)})}
-    with atomic_path(path) as temporary:
-        if is_local(temporary):
-            temporary.touch()
-            mode = os.stat(temporary).st_mode
-            save_file(arrays, temporary, metadata)  # which makes a file that only its owner may read
-            os.chmod(temporary, mode)
-        else:
-            temporary.write_bytes(save(arrays, metadata))
-
-
-def _file_metadata(path) -> dict:
-    """The metadata of an exported file, in its header, which begins with its length."""
-    with _damage_named(f"{path} {_NOT_EXPORTED}"), path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > _LONGEST_HEADER:
-            raise ValueError("invalid header")
-        return _checked_metadata(json.loads(json.loads(stream.read(size))["__metadata__"]["seqrf"]))
-
-
-def _file_weights(path, metadata: dict) -> models.Weights:
-    from safetensors.numpy import load, load_file
-
-    with _damage_named(f"{path} {_NOT_EXPORTED}"):
-        arrays = load_file(os.fspath(path)) if is_local(path) else load(path.read_bytes())
-        trees = flax.traverse_util.unflatten_dict(arrays, sep="/")
-        return models.Weights(
-            **{name: trees[name] for name in _TREES},
-            extras=trees.get("extras", {}),
-            count=int(metadata["count"]),
-            step=int(metadata["step"]),
-        )
+    exported.write_file(path, weights, make_metadata(config, "exported", boundaries, teacher=teacher))
 
 
 def log_source(name: str, weights: models.Weights, *, centered: bool):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +11,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import tqdm
-from jaxtyping import Array, Float, Int
+from etils import epath
+from jaxtyping import Array, Float, Int, UInt32
 
 import adaptive
+import checkpoints
+import datasets
 import models
 import parallel
 import sampling
@@ -20,6 +24,7 @@ import segments
 from utils import InputError
 
 FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
+SAMPLE_BATCH = 64  # images that are solved together where nobody says otherwise
 TRAJECTORY_BYTES = 1 << 30  # most memory of one device for the states of trajectories
 PREDICTOR_NAMES = {"rf_solver": "Euler", "rf_solver_heun": "Heun", "rf_reinterpolate": "Reinterpolate"}
 
@@ -60,7 +65,8 @@ class Sampler:
       boundaries: [k + 1] in t.
       image_shape: (H, W, C).
       options: the keywords of `sampling.solve`: method, tol, num_scales, predictor, ...
-      seed: of the noises. Noise i is the same for every batch size and number of devices.
+      seed: of the noises. Noise i is the same for every batch size and number of devices. Like the time grid an
+        argument of the compiled programs.
       time_grid: [num_scales + 1] times in t for method "pc"; None: uniform inside each segment. It is an argument of
         the compiled programs, since every checkpoint may have its own.
     """
@@ -69,7 +75,7 @@ class Sampler:
     boundaries: Float[np.ndarray, "boundaries"]
     image_shape: tuple[int, int, int]
     options: dict[str, Any]
-    seed: int
+    seed: int | UInt32[Array, ""]
     time_grid: Float[Array | np.ndarray, "times"] | None = None
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
@@ -102,7 +108,7 @@ class Sampler:
     ) -> Iterator[tuple[int, Any, float]]:
         """Maps a function over the first `count` noises in batches of `per_device` on each local device.
 
-        Compiled once for all weights and time grids, before the first batch.
+        Compiled once for all weights, time grids and seeds, before the first batch.
 
         Args:
           name: of the program, for the progress bar and the cache of programs.
@@ -113,12 +119,12 @@ class Sampler:
           An iterator of (index of the batch's first noise, results [devices, ...], seconds).
         """
         devices = jax.local_device_count()
-        arguments = parallel.replicate((params, self.time_grid))
+        arguments = parallel.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
         indices = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
 
         def on_device(arguments: Any, indices: Array) -> Any:
-            params, time_grid = arguments
-            return function(dataclasses.replace(self, time_grid=time_grid), params, indices)
+            params, time_grid, seed = arguments
+            return function(dataclasses.replace(self, time_grid=time_grid, seed=seed), params, indices)
 
         key = name, per_device, self.time_grid is None, tuple(sorted(self.options.items()))
         if key not in self._programs:
@@ -224,6 +230,124 @@ def check_finite(values: Any, sampler: Sampler) -> None:
             f"samples are not finite with {sampler.options}: the tolerance is out of reach, or the weights are damaged "
             "(NaN); raise sampling.tol, or use a checkpoint that was trained longer"
         )
+
+
+# --- a trained model by itself ----------------------------------------------------------------------------------------
+
+
+def solve_options(
+    k: int, *, num_scales: int | None = None, tol: float | None = None, predictor: str = "rf_solver"
+) -> dict[str, Any]:
+    """The options of a `Sampler` of k segments: adaptive steps to `tol`, or `num_scales` (default k) of `predictor`.
+
+    Raises:
+      InputError: both are given, or one that cannot work.
+    """
+    if tol is not None and num_scales is not None:
+        raise InputError("give num_scales for fixed steps or tol for adaptive ones, not both")
+    if tol is not None:
+        if not isinstance(tol, numbers.Real) or not 1e-12 <= tol < math.inf:
+            raise InputError(f"tol = {tol!r}: use a number from 1e-12, such as 1e-3")
+        return {"method": "ode", "tol": float(tol), "solver": "dopri5", "error_norm": "batch"}
+    if predictor not in sampling.PREDICTORS:
+        raise InputError(f"predictor = {predictor!r}: use one of {', '.join(sampling.PREDICTORS)}")
+    steps = k if num_scales is None else num_scales
+    if not isinstance(steps, numbers.Integral) or steps < k:
+        raise InputError(f"num_scales = {num_scales!r}: use a whole number of steps, at least {k}, one a segment")
+    return {"method": "pc", "predictor": predictor, "num_scales": int(steps)}
+
+
+@dataclasses.dataclass
+class TrainedSampler:
+    """A trained model that samples by itself, on all local devices; `load` makes it.
+
+    Attributes:
+      network: the network with its segments; what it is sampled by is given to each call.
+      params: the EMA of the weights.
+      centered: whether the network's images are in [-1, 1] rather than [0, 1].
+      batch_size: the most images that are solved together. A program is compiled for each size of batch once.
+      nfe: network calls for an image in the last call of `sample`; of adaptive steps the mean over batches.
+    """
+
+    network: Sampler
+    params: Any
+    centered: bool
+    batch_size: int = SAMPLE_BATCH
+    nfe: float | int | None = None
+
+    @property
+    def boundaries(self) -> Float[np.ndarray, "boundaries"]:
+        """[k + 1] in t, from 1 to 0: the segments that the model was trained on."""
+        return self.network.boundaries
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.network.image_shape
+
+    def sampler(self, *, seed: int = 0, **steps: Any) -> Sampler:
+        """The network with noises of `seed` and the steps that `solve_options` takes. It shares compiled programs.
+
+        Raises:
+          InputError: steps or a seed that cannot work.
+        """
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+            raise InputError(f"seed = {seed!r}: use a whole number from 0 to 2147483647")
+        options = solve_options(len(self.boundaries) - 1, **steps)
+        return dataclasses.replace(self.network, seed=int(seed), options=options)
+
+    def sample(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        num_scales: int | None = None,
+        tol: float | None = None,
+        predictor: str = "rf_solver",
+    ) -> Float[np.ndarray, "count h w c"]:
+        """`count` images in [0, 1], from the noises 0 to count - 1 of `seed`: those of `--mode=sample` with that seed.
+
+        Args:
+          num_scales: fixed steps in all, default: one a segment.
+          tol: take adaptive steps to this tolerance instead.
+          predictor: of the fixed steps, one of `sampling.PREDICTORS`.
+
+        Raises:
+          InputError: an argument that cannot work, or samples that are not finite.
+        """
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise InputError(f"count = {count!r}: use a whole number of images, at least 1")
+        cost, sampler = Cost(), self.sampler(seed=seed, num_scales=num_scales, tol=tol, predictor=predictor)
+        batches = sampler.samples(self.params, int(count), self.batch_size, cost)
+        images = np.concatenate([datasets.unscale(x, self.centered) for x in batches])
+        self.nfe = cost.summary()["nfe"]
+        return images
+
+
+def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSampler:
+    """The sampler of a trained model, without configuration or flags.
+
+    Args:
+      path: as in `checkpoints.load_weights`: an exported model, or a run's folder, stage or checkpoint.
+      batch_size: the most images that are solved together, on all local devices.
+
+    Raises:
+      InputError: nothing there, or a damaged or foreign file.
+    """
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        raise InputError(f"batch_size = {batch_size!r}: use a whole number of images, at least 1")
+    metadata = checkpoints.read_metadata(path)
+    config = checkpoints.own_config(metadata)
+    weights = checkpoints.load_weights(path, config)  # before the network is made, since it names the path in errors
+    size = config.data.image_size
+    network = Sampler(
+        model=models.create_model(config),
+        boundaries=segments.validate_boundaries(metadata["boundaries"]),
+        image_shape=(size, size, config.data.num_channels),
+        options={},
+        seed=0,
+    )
+    return TrainedSampler(network, weights.ema_params, config.data.centered, int(batch_size))
 
 
 def _images_per_device(count: int) -> int:

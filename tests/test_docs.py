@@ -47,7 +47,7 @@ def test_settings_exist(page):
     text = (ROOT / page).read_text()
     sections = "|".join(key for key, value in get_default_config().items() if hasattr(value, "items"))
     named = set(re.findall(r"--config\.([\w.]+\w)", text)) | set(re.findall(rf"`((?:{sections})\.\w+)", text))
-    others = {"sampling.solve", "sampling.SOLVERS", "sampling.PREDICTORS", "sampling.py"}
+    others = {"sampling.solve", "sampling.SOLVERS", "sampling.PREDICTORS", "sampling.py", "model.safetensors"}
     assert not {name for name in named - others if not is_setting(name)}
 
 

@@ -1,0 +1,192 @@
+"""Exports a trained model as a folder that can be given away: weights, config.json and a model card.
+
+    python scripts/export.py runs/digits/2_rf model_zoo/digits_2seqrf --name "2-SeqRF on digits"
+
+RUN is a run's folder, one of its stages or checkpoints, or an exported model. OUT holds model.safetensors (the EMA of
+the weights; --full: the weights and Adam's moments too), config.json, README.md and samples.png, laid out as model hubs
+expect it; nothing is uploaded. The card takes its numbers from the metrics.json of evaluations: those in RUN's workdir,
+or given by --metrics, that measured these very weights. Exit status 2 and one line if RUN is no model.
+
+    sampler.load("model_zoo/digits_2seqrf").sample(16)    # Python
+    --config.training.import_flax=model_zoo/digits_2seqrf # main.py
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+PAPER = "https://arxiv.org/abs/2402.06461"
+ADAPTIVE = {"tol": 1e-3}
+
+
+def model_name(metadata: dict[str, Any]) -> str:
+    """What the paper calls a model: '1-RF', '2-SeqRF', '2-SeqRF-Distill'."""
+    stage, k = metadata["stage"], metadata["k"]
+    if not stage.startswith("2_"):
+        return "1-RF" if k == 1 else f"{k}-SeqRF"
+    return f"{k}-SeqRF-Distill" if stage.startswith("2_distill") else f"{k}-SeqRF"
+
+
+def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
+    stage, k = metadata["stage"], metadata["k"]
+    if stage.startswith("2_distill"):
+        steps = int(stage.removeprefix("2_distill").removeprefix("_") or 1)
+        return [{"num_scales": k * steps}]
+    if stage.startswith("2_"):
+        return [{"num_scales": 2 * k}, {"num_scales": k}, ADAPTIVE]
+    return [ADAPTIVE, {"num_scales": 20, "predictor": "rf_solver_heun"}]
+
+
+def measured(run: pathlib.Path, given: list[pathlib.Path], fingerprint: str) -> list[dict[str, Any]]:
+    """The contents of metrics.json files that measured these weights: in RUN's workdir, and those given.
+
+    Raises:
+      InputError: one that was given measured other weights.
+    """
+    from utils import InputError, read_json
+
+    workdir = next((f for f in (run, *run.resolve().parents[:3]) if any(f.glob("*/step_*/metrics.json"))), None)
+    found = sorted(workdir.glob("*/step_*/metrics.json")) if workdir else []
+    values = {path: read_json(path, None) for path in [*given, *found]}
+
+    def is_ours(entry: Any) -> bool:
+        settings = entry.get("settings") if isinstance(entry, dict) else None
+        return isinstance(settings, dict) and settings.get("weights") == fingerprint
+
+    for path in given:
+        if not is_ours(values[path]):
+            raise InputError(f"{path} is no metrics.json of these weights (fingerprint {fingerprint})")
+    ours = [entry for entry in values.values() if is_ours(entry)]
+    return sorted(ours, key=lambda entry: (entry.get("sampler") != "ODE", entry.get("nfe") or 0))
+
+
+def metrics_table(metrics: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row for each evaluation, and below it how they were measured."""
+    quality = next((name for name in metrics[0] if name.startswith("fid")), "fid")
+    columns = ["nfe", quality, "straightness", "sequential_straightness", "truncation_error"]
+    rows = [["sampler", *columns]]
+    for entry in metrics:
+        values = [entry.get(name) for name in columns]
+        rows.append([str(entry.get("sampler")), *("-" if v is None else f"{v:.4g}" for v in values)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    settings = metrics[0]["settings"]
+    how = (
+        f"Measured with `main.py --mode=eval`: {quality} between {settings.get('num_samples')} samples and the "
+        f"{settings.get('data')} data, features of {settings.get('network')}; straightness and truncation error over "
+        f"{settings.get('straightness_samples')} noises; seed {settings.get('seed')}, batches of "
+        f"{settings.get('batch_size')} on {settings.get('devices')}. `{quality}` of another network is not comparable."
+    )
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], "", how])
+
+
+def card(metadata: dict[str, Any], metrics: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The model card: YAML front matter as huggingface_hub reads it, then Markdown."""
+    name, folder = options.name, options.out.name if options.out.is_absolute() else options.out.as_posix()
+    data = options.data or next((entry["settings"].get("data") for entry in metrics), "images that were not named")
+    size, channels = metadata["data"]["image_size"], metadata["data"]["num_channels"]
+    first = ", ".join(f"{key}={value!r}" for key, value in recommended_samplers(metadata)[0].items())
+    boundaries = ", ".join(f"{b:.4g}" for b in metadata["boundaries"])
+    commands = "\n".join(options.command)
+    front = {
+        "license": options.license,
+        "library_name": "seqrf",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["rectified-flow", "seqrf", "flow-matching", "jax", "flax"],
+        "datasets": [data],
+    }
+    front_matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())  # JSON is YAML
+    picture = "\n![samples](samples.png)\n" if options.images else ""
+    return f"""---
+{front_matter}
+---
+
+# {name}
+
+A {model_name(metadata)} flow from noise to images of {size} x {size} x {channels}, trained on {data}: update
+{metadata["step"]}, segments between t = {boundaries} (1: noise, 0: data). Sequential rectified flow, [arXiv
+2402.06461]({PAPER}).
+{picture}
+## Use
+
+With SeqRF's repository as the working directory:
+
+```python
+import sampler
+
+model = sampler.load("{folder}")
+images = model.sample(16, seed=0, {first})  # [16, {size}, {size}, {channels}] in [0, 1]
+```
+
+`config.json` describes the network, the clock and the recommended samplers.
+`--config.training.import_flax={folder}` starts a training, a generation of pairs or an evaluation from it.
+
+## Training
+
+Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata.get("source") else ""}.
+{f"{chr(10)}```bash{chr(10)}{commands}{chr(10)}```{chr(10)}" if commands else ""}
+## Metrics
+
+{metrics_table(metrics) if metrics else "None were given."}
+
+## Licence
+
+{options.license}; the training data have their own.
+"""
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes the folder. Raises InputError where RUN is no model or OUT is something else."""
+    import checkpoints
+    import exported
+    import figures
+    import sampler
+    from utils import InputError, atomic_path
+
+    out = options.out
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
+        raise InputError(f"{out} exists and holds something else; name a new folder")
+    metadata = checkpoints.read_metadata(options.run)
+    weights = checkpoints.load_weights(options.run, checkpoints.own_config(metadata), ema_rate=options.ema_rate)
+    metadata["source"] = pathlib.PurePath(metadata.get("source") or "").name  # no path of this machine
+    metrics = measured(options.run, options.metrics, checkpoints.fingerprint(weights.ema_params))
+    samplers = recommended_samplers(metadata)
+    options.name = options.name or model_name(metadata)
+    exported.write_folder(out, weights, metadata, full=options.full, samplers=samplers)
+    if options.images:
+        figures.draw_images(out / "samples.png", sampler.load(out).sample(options.images, **samplers[0]))
+    with atomic_path(out / exported.CARD) as temporary:
+        temporary.write_text(card({**metadata, "step": int(weights.step)}, metrics, options))
+    print(f"wrote {out}: {options.name}, update {int(weights.step)}, {len(metrics)} evaluations in its card")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=pathlib.Path, help="a run's folder, stage or checkpoint, or an exported model")
+    parser.add_argument("out", type=pathlib.Path, help="the folder to write")
+    parser.add_argument("--full", action="store_true", help="also the raw weights and Adam's moments")
+    parser.add_argument("--ema_rate", type=float, default=0.0, help="export this one of model.ema_rates")
+    parser.add_argument("--name", default="", help="the card's title")
+    parser.add_argument("--data", default="", help="what it was trained on; default: as its evaluations say")
+    parser.add_argument("--command", action="append", default=[], help="a command that trained it; may be repeated")
+    parser.add_argument("--metrics", action="append", default=[], type=pathlib.Path, help="a metrics.json of it")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, as model hubs name it")
+    parser.add_argument("--images", type=int, default=16, help="samples in the card's picture; 0: no picture")
+    options = parser.parse_args(arguments)
+    from utils import InputError
+
+    try:
+        export(options)
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
