@@ -26,6 +26,11 @@ def main(argv: list[str]):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")
     config = _config()
+    with runtime.preemption.handled():
+        _run(config)
+
+
+def _run(config):
     import run_lib
     from utils import InputError
 
@@ -35,6 +40,10 @@ def main(argv: list[str]):
                 run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
             else:
                 run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
+            runtime.preemption.check()  # too late to matter, but a script must not go on to its next command
+    except runtime.Preempted as stop:
+        print(f"{stop}; resume with the same command", file=sys.stderr, flush=True)
+        runtime.leave(stop)
     except InputError as error:
         _end(str(error))
     except OSError as error:

@@ -23,6 +23,7 @@ import tqdm
 import datasets
 import figures
 import parallel
+import runtime
 import sampling
 import utils
 from adaptive import adaptive_boundaries
@@ -196,6 +197,7 @@ def _make_files(plan, todo, images, make_velocity, params, batch_size, bar):
         groups = iter(lambda: list(itertools.islice(batches, jax.local_device_count())), [])
         writing = None
         for solved in _dispatched_ahead(solve, groups):
+            runtime.preemption.check()  # the files that are written are kept
             for file in _finished_files(plan, solved, stats, bar):
                 if writing:
                     writing.result()

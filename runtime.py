@@ -7,8 +7,11 @@ import contextlib
 import logging
 import os
 import re
+import signal
+import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -28,6 +31,7 @@ def set_environment() -> None:
     EQX_ON_ERROR is set by sampling.py, which is a library too and must have it before diffrax.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's C++ lines after its import: errors only
+    os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `Preemption`
 
 
 class _Formatter(logging.Formatter):
@@ -50,6 +54,80 @@ def terminal_logging() -> Iterator[None]:
     logger.propagate = False
     with logging_redirect_tqdm([logger]):
         yield
+
+
+class Preempted(Exception):
+    """The process was asked to stop and has done so between two steps: nothing is half done.
+
+    Attributes:
+      signal: that asked.
+      agreed: whether all hosts of the job stop at this very step, so that none of them waits for another.
+    """
+
+    def __init__(self, number: signal.Signals, where: str = "", *, agreed: bool = False):
+        """`where`: what was reached, for the message."""
+        super().__init__(" ".join(filter(None, (f"stopped by {number.name}", where))))
+        self.signal, self.agreed = number, agreed
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it for a process that the signal ended: 143 for SIGTERM, 130 for SIGINT."""
+        return 128 + self.signal
+
+
+class Preemption:
+    """Whether the process has been asked to stop, by SIGTERM or SIGINT. Long work asks between its steps."""
+
+    def __init__(self) -> None:
+        """Nothing is asked, and signals do what they did before."""
+        self.requested: signal.Signals | None = None
+
+    def check(self) -> None:
+        """Raises Preempted if the process has been asked to stop."""
+        if self.requested:
+            raise Preempted(self.requested)
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Within the block SIGTERM and SIGINT only set `requested`; a further SIGINT ends the process at once.
+
+        A thread receives the signals: Python's own handlers wait for the main thread, which may be compiling.
+        """
+        reading, writing = socket.socketpair()
+        writing.setblocking(False)
+        threading.Thread(target=self._receive, args=(reading,), daemon=True).start()
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            writing.close()
+            self.requested = None
+
+    def _receive(self, reading):
+        with reading:
+            while byte := reading.recv(1):
+                number = signal.Signals(byte[0])
+                if self.requested and number == signal.SIGINT:
+                    os._exit(128 + number)
+                if not self.requested and number in (signal.SIGTERM, signal.SIGINT):
+                    self.requested = number
+                    logger.warning("%s: stopping after this step; a further Ctrl-C (SIGINT) ends at once", number.name)
+
+
+preemption = Preemption()  # of this process
+
+
+def leave(stop: Preempted) -> None:
+    """Ends the process with the exit status of `stop`, where its hosts did not agree without waiting for them."""
+    import jax
+
+    if jax.process_count() > 1 and not stop.agreed:
+        os._exit(stop.exit_code)
+    sys.exit(stop.exit_code)
 
 
 def start_hosts() -> None:

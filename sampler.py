@@ -19,6 +19,7 @@ import checkpoints
 import datasets
 import models
 import parallel
+import runtime
 import sampling
 import segments
 from utils import InputError
@@ -134,6 +135,8 @@ class Sampler:
 
         def batches():
             for first in tqdm.tqdm(starts, desc=name, unit="batch", leave=False, disable=None):
+                if jax.process_count() == 1:  # hosts that share samples stop together, between checkpoints
+                    runtime.preemption.check()
                 began = time.perf_counter()
                 results = jax.block_until_ready(self._programs[key](arguments, first + indices))
                 yield first, results, time.perf_counter() - began

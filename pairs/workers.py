@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 
+import runtime
 import utils
 from pairs import manifest as pairmanifest
 from pairs import npz
@@ -76,6 +77,7 @@ def wait_for_files(plan: PairPlan, numbers: Iterable[int]) -> None:
     """
     waiting = set(numbers)
     while waiting:
+        runtime.preemption.check()
         manifest = pairmanifest.read_manifest(plan.folder)
         waiting = {number for number in waiting if _fault(plan, manifest, number)}
         if waiting:
