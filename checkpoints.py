@@ -5,10 +5,12 @@ hold `state` (a `losses.TrainState` as nested dicts of arrays) and `info` (its m
 never unpickles. The formats are in docs/method.md, section 9.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from typing import Any
 
 import flax
@@ -22,10 +24,11 @@ import exported
 import losses
 import models
 import segments
-from utils import InputError, is_local
+from utils import InputError, disk_error, is_local, read_json, write_json
 
 logger = logging.getLogger("seqrf")
 
+_SETTINGS = "run.json"
 _DAMAGED = "incomplete or corrupt checkpoint"
 
 
@@ -61,13 +64,20 @@ def fingerprint(params: Any) -> str:
 
 
 class RunCheckpoints:
-    """Snapshots and the latest preemption checkpoint of one stage of one run. Saves in the background."""
+    """Snapshots and the latest preemption checkpoint of one stage of one run. Saves in the background.
 
-    def __init__(self, stage_folder):
-        """Opens (and makes) `<stage_folder>/checkpoints` and `checkpoints-meta`."""
-        folder = epath.Path(stage_folder)
-        self._snapshots = _manager(folder / "checkpoints", max_to_keep=None)
-        self._latest = _manager(folder / "checkpoints-meta", max_to_keep=1)
+    A save that fails leaves earlier checkpoints as they are. Its InputError is raised by the next call of any method.
+    """
+
+    def __init__(self, stage_folder, *, keep_snapshots: int = 0):
+        """Opens (and makes) `<stage_folder>/checkpoints` and `checkpoints-meta`.
+
+        Args:
+          keep_snapshots: the latest so many are kept, earlier ones removed as new ones are saved; 0: all.
+        """
+        self._folder = epath.Path(stage_folder)
+        self._snapshots = _manager(self._folder / "checkpoints", max_to_keep=keep_snapshots or None)
+        self._latest = _manager(self._folder / "checkpoints-meta", max_to_keep=1)
 
     def save(self, state: Any, metadata: dict, *, keep: bool) -> None:
         """Saves an unreplicated `losses.TrainState`: as a snapshot, or (`keep=False`) as the one to resume from."""
@@ -77,7 +87,41 @@ class RunCheckpoints:
             return
         tree = jax.device_get(flax.serialization.to_state_dict(state))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), info=ocp.args.JsonSave(metadata))
-        manager.save(step, args=arguments)
+        with self._named_disk_errors():
+            manager.save(step, args=arguments)
+
+    def check(self) -> None:
+        """Raises InputError if a save in the background has failed; does not wait for those under way."""
+        with self._named_disk_errors():
+            for manager in (self._snapshots, self._latest):
+                manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits for the saves under way."""
+        with self._named_disk_errors():
+            for manager in (self._snapshots, self._latest):
+                manager.wait_until_finished()
+
+    def check_room(self, like: Any) -> None:
+        """Raises InputError where a local disk has no room for one checkpoint more of a state of the shapes `like`."""
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        if is_local(self._folder) and needed > (free := shutil.disk_usage(self._folder).free):
+            raise InputError(
+                f"the disk of {self._folder} has {free:,} bytes free, a checkpoint needs {needed:,}; free some space, "
+                "or keep fewer of them with training.keep_snapshots"
+            )
+
+    @contextlib.contextmanager
+    def _named_disk_errors(self):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, InputError) or (cause := disk_error(error)) is None:
+                raise
+            raise InputError(
+                f"a checkpoint could not be saved in {self._folder}: {cause.strerror}; those before it are complete: "
+                "when it can be written again, the same command resumes from the last one"
+            ) from error
 
     def latest_step(self) -> int | None:
         """The step that `resume` would continue from; None for a new run."""
@@ -112,9 +156,12 @@ class RunCheckpoints:
 
     def close(self):
         """Waits for the saves under way."""
-        for manager in (self._snapshots, self._latest):
-            manager.wait_until_finished()
-            manager.close()
+        with self._named_disk_errors():
+            try:
+                self.wait()
+            finally:
+                for manager in (self._snapshots, self._latest):
+                    manager.close()
 
 
 def _manager(folder, max_to_keep):
@@ -151,6 +198,22 @@ def steps_in(stage_folder: epath.PathLike) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def write_settings(stage_folder: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Keeps the settings of a stage's run in `<stage_folder>/run.json`, beside its checkpoints."""
+    write_json(epath.Path(stage_folder) / _SETTINGS, {"config": config.to_dict()})
+
+
+def read_settings(stage_folder: epath.PathLike) -> dict[str, Any] | None:
+    """The settings of the latest run of a stage; None: a version that did not keep them."""
+    return read_json(epath.Path(stage_folder) / _SETTINGS, {}).get("config")
+
+
+def planned_updates(stage_folder: epath.PathLike) -> int:
+    """The updates that a stage has when it is finished; 0 where no settings were kept."""
+    settings = read_settings(stage_folder)
+    return int(settings["training"]["n_iters"]) if settings else 0
 
 
 def read_metadata(path: epath.PathLike) -> dict[str, Any]:

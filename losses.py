@@ -411,11 +411,12 @@ def make_train_step(
     ema_rate: float,
     variable_ema_rate: bool,
     on_policy: OnPolicy | None = None,
+    drop_nonfinite: bool = False,
 ) -> Callable:
     """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, values), n updates.
 
-    The values are {"loss": [n], "gradient_norm": [n]}, over all devices: the mean loss of each update's batch, and the
-    global norm of its gradient before clipping.
+    The values are {"loss": [n], "gradient_norm": [n], "parameter_norm": [n]}, over all devices: the mean loss of each
+    update's batch, the global norm of its gradient before clipping, and that of the weights after it.
 
     Args:
       model: the network, as `models.create_model` makes it.
@@ -425,6 +426,8 @@ def make_train_step(
       seed: of noise, times and dropout.
       ema_rate, variable_ema_rate: as `ema_rate_at`; `variable_ema_rate` holds for the further EMAs too.
       on_policy: for batches with "states".
+      drop_nonfinite: an update with a value that is not finite changes nothing but the count of updates. That is
+        `optax.apply_if_finite` without its counters, which would change what a checkpoint holds.
     """
 
     def batch_loss(params: Any, wanted: Targets, dropout_key: Array) -> Array:
@@ -449,14 +452,23 @@ def make_train_step(
             # In this form an EMA that equals the weights stays equal, bit for bit.
             return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), average, params)
 
-        state = TrainState(
+        updated = TrainState(
             step=state.step + 1,
             params=params,
             ema_params=follow(state.ema_params, ema_rate),
             opt_state=opt_state,
             extra_ema={name: follow(average, float(name)) for name, average in state.extra_ema.items()},
         )
-        return state, {"loss": parallel.mean_over_devices(value), "gradient_norm": optax.tree.norm(gradient)}
+        values = {
+            "loss": parallel.mean_over_devices(value),
+            "gradient_norm": optax.tree.norm(gradient),
+            "parameter_norm": optax.tree.norm(params),
+        }
+        if drop_nonfinite:
+            is_finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
+            kept = state.replace(step=updated.step)
+            updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
+        return updated, values
 
     return _repeated(update)
 

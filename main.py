@@ -1,6 +1,5 @@
 """Sequential rectified flow from the command line; README.md lists the jobs."""
 
-import errno
 import sys
 
 from absl import app, flags
@@ -9,9 +8,6 @@ from ml_collections import config_flags
 import runtime
 
 FLAGS = flags.FLAGS
-DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-)  # fmt: skip
 
 config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/rf/digits_rf_continuous.py.")
 flags.DEFINE_string("workdir", None, "The folder of this run: checkpoints, pairs, figures and metrics.")
@@ -32,7 +28,7 @@ def main(argv: list[str]):
 
 def _run(config):
     import run_lib
-    from utils import InputError
+    from utils import InputError, disk_error
 
     try:
         with runtime.terminal_logging():
@@ -46,12 +42,10 @@ def _run(config):
         runtime.leave(stop)
     except InputError as error:
         _end(str(error))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        if (cause := disk_error(error)) is None:
             raise
-        _end(
-            f"{error.strerror}: {error.filename or FLAGS.workdir}; the same command resumes from the last complete file"
-        )
+        _end(f"{cause.strerror}: {cause.filename or FLAGS.workdir}; the same command resumes from what is complete")
 
 
 def _end(message):

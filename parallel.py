@@ -99,6 +99,11 @@ def first_copy(tree: Any) -> Any:
     return flax.jax_utils.unreplicate(tree)
 
 
+def local_copy(result: jax.Array) -> np.ndarray:
+    """This host's first device's part of a result [devices, ...] of `map_devices`. Waits for it."""
+    return np.asarray(result.addressable_shards[0].data)[0]
+
+
 def gather(rows: Any) -> Any:
     """Every host's rows [n, ...], in host order: [hosts * n, ...], NumPy arrays, on every host.
 
@@ -139,3 +144,22 @@ class RunAhead:
         self._results.append(result)
         if len(self._results) == self._limit:
             jax.block_until_ready(self._results.popleft())
+
+
+class AnyHost:
+    """Whether a host has raised its flag: the same answer on all hosts at the same call, without waiting for devices.
+
+    Alone, a host gets its own flag; among several, that of the call before, which the devices have compared meanwhile.
+    """
+
+    def __init__(self) -> None:
+        """No flag is raised."""
+        self._program = map_devices(lambda flag: jax.lax.pmax(flag, AXIS), all_hosts=True)
+        self._before: Any = None
+
+    def __call__(self, flag: bool) -> bool:
+        """This host's flag for any host's. All hosts must call, at the same places between the same programs."""
+        if jax.process_count() == 1:
+            return flag
+        before, self._before = self._before, self._program(np.full(jax.local_device_count(), flag, np.int32))
+        return before is not None and bool(local_copy(before))

@@ -30,16 +30,17 @@ import runtime
 import segments
 import sources
 import tracking
+import updates
 import utils
 from configs.check import check_batches, check_config, check_steps, segments_of
 from configs.default import is_given
+from configs.resume import check_resume
 from configs.samplers import sampler_configs
 from evaluation import SHOWN_IMAGES
 from pairs import manifest as pairmanifest
 from pairs.plan import PairPlan, plan_pairs
 from pairs.workers import worker_of
 from sampler import Sampler
-from utils import InputError
 
 logger = logging.getLogger("seqrf")
 
@@ -169,18 +170,22 @@ class _Run:
 def _train_stage(config, workdir, stage: Stage, log_name: str):
     data = stage.data(config, workdir)
     model, folder = models.create_model(config), workdir / stage.folder
-    with contextlib.closing(checkpoints.RunCheckpoints(folder)) as saved:
+    utils.check_writable(workdir, folder / "checkpoints", folder / "checkpoints-meta")
+    with contextlib.closing(checkpoints.RunCheckpoints(folder, keep_snapshots=config.training.keep_snapshots)) as saved:
         state, metadata, is_new = _first_state(config, workdir, stage, data, model, saved)
         start, n_iters = int(state.step), config.training.n_iters
-        if start >= n_iters and not is_new and _is_drawn(config, folder, start):
+        if parallel.is_first_host():
+            checkpoints.write_settings(folder, config)
+        if start >= n_iters and start in checkpoints.steps_in(folder) and _is_drawn(config, folder, start):
             logger.info("%s has its %d updates already", folder, start)
             return
+        saved.check_room(state)
         real = _data_features(config) if _measures_snapshots(config) else None
         tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.folder}", resume_step=start)
         with contextlib.closing(tracker):
             sampler = _sampler(config, model, data.boundaries)
             run = _Run(config, folder, model, sampler, metadata, saved, tracker, real)
-            if is_new:
+            if is_new or (start >= n_iters and start not in checkpoints.steps_in(folder)):
                 _save_snapshot(run, state)
             elif start in checkpoints.steps_in(folder) and not _is_drawn(config, folder, start):
                 _draw_snapshot(run, state)  # killed after the checkpoint and before its picture
@@ -200,6 +205,8 @@ def _first_state(config, workdir, stage: Stage, data, model, saved) -> tuple[los
     metadata = checkpoints.make_metadata(config, stage.folder, data.boundaries, teacher=data.teacher)
     random = functools.partial(_initial_state, config, step=0)
     like = jax.eval_shape(lambda: random(_random_weights(config, model)))
+    if saved.latest_step() is not None and (settings := checkpoints.read_settings(folder)):
+        check_resume(settings, config, folder)
     if (state := saved.resume(like, metadata)) is not None:
         logger.info("resuming %s from update %d", folder, state.step)
         return state, metadata | {"source": checkpoints.read_metadata(folder)["source"]}, False
@@ -222,28 +229,37 @@ def _initial_state(config, weights, *, step: int) -> losses.TrainState:
 
 
 def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, state: losses.TrainState):
+    """Raises Preempted, with the state saved, if the process is asked to stop; InputError as `UpdateValues.check`."""
     training, step = run.config.training, int(state.step)
     program = parallel.map_devices(_train_step(run, stage, data), all_hosts=True, donate=(0,))
     state = parallel.replicate(state)
-    progress = tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None)
-    run_ahead = parallel.RunAhead()
-    pending = None  # the last logged losses, fetched one log later, when the devices have them
-    for batch, count in _calls(training, data, step):
-        state, values = program(state, batch)
-        loss = values["loss"]
-        run_ahead.add(loss)
-        before, step = step, step + count
-        progress.update(count)
-        if step // training.log_freq > before // training.log_freq or step == training.n_iters:
-            _log_loss(run, pending)
-            pending = (step, loss)
-        is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
-        if is_snapshot or step % training.snapshot_freq_for_preemption == 0:
-            _log_loss(run, pending)
-            pending = None
-            _check_finite(run, step, loss)
-            (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, parallel.first_copy(state))
-    progress.close()
+    run_ahead, any_host, values = parallel.RunAhead(), parallel.AnyHost(), _update_values(run)
+    with tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None) as progress:
+        for batch, count in _calls(training, data, step):
+            state, computed = program(state, batch)
+            run_ahead.add(computed)
+            before, step = step, step + count
+            values.add(step, computed)
+            progress.update(count)
+            if step // training.log_freq > before // training.log_freq or step == training.n_iters:
+                run.saved.check()
+                values.log()
+            stops = any_host(runtime.preemption.requested is not None)
+            is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
+            if is_snapshot or stops or step % training.snapshot_freq_for_preemption == 0:
+                values.check()
+                (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, parallel.first_copy(state))
+            if stops:
+                run.saved.wait()
+                raise runtime.preemption.stopped(f"after update {step} of {training.n_iters}")
+
+
+def _update_values(run: _Run) -> updates.UpdateValues:
+    drops = run.config.training.nan_policy == "skip"
+    remedy = f"lower optim.lr, or look at the data; the checkpoints before it are in {run.folder}"
+    if not drops:
+        remedy = f"use training.nan_policy=skip to drop such updates, {remedy}"
+    return updates.UpdateValues(run.tracker.log, drops=drops, remedy=remedy)
 
 
 def _calls(training, data: sources.TrainingData, step: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
@@ -274,6 +290,7 @@ def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable
         ema_rate=config.model.ema_rate,
         variable_ema_rate=config.model.variable_ema_rate,
         on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,
+        drop_nonfinite=training.nan_policy == "skip",
     )
 
 
@@ -283,27 +300,6 @@ def _lpips(config) -> Callable | None:
     from models.lpips import load_lpips
 
     return load_lpips(config.training.lpips_path, config.training.lpips_heads, centered=config.data.centered)
-
-
-def _log_loss(run: _Run, pending: tuple[int, jax.Array] | None) -> None:
-    """Logs (step, losses [devices, n]), if there are any. Raises InputError as `_check_finite`."""
-    if pending is not None:
-        run.tracker.log(pending[0], {"loss": _check_finite(run, *pending)})
-
-
-def _check_finite(run: _Run, step: int, loss: jax.Array) -> float:
-    """The mean of losses [devices, n].
-
-    Raises:
-      InputError: it is not finite; earlier checkpoints are not overwritten.
-    """
-    mean = float(np.mean(np.asarray(loss.addressable_shards[0].data)))
-    if not np.isfinite(mean):
-        raise InputError(
-            f"the loss is {mean} by update {step}: lower optim.lr, or look at the data; the checkpoints before it are "
-            f"in {run.folder}"
-        )
-    return mean
 
 
 def _save_preemption_checkpoint(run: _Run, state: losses.TrainState):

@@ -87,6 +87,10 @@ class Preemption:
         if self.requested:
             raise Preempted(self.requested)
 
+    def stopped(self, where: str) -> Preempted:
+        """The exception to raise where all hosts have agreed to stop, asked by a signal to any of them."""
+        return Preempted(self.requested or signal.SIGTERM, where, agreed=True)
+
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Within the block SIGTERM and SIGINT only set `requested`; a further SIGINT ends the process at once.

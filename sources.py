@@ -80,12 +80,18 @@ def starting_checkpoint(config: ml_collections.ConfigDict, parent: epath.Path | 
     Without a parent, None where nothing is given.
 
     Raises:
-      InputError: the parent has no snapshot; the message says where it looked.
+      InputError: the parent has no snapshot, and the message says where it looked; or it is not finished.
     """
     given = given_checkpoint(config)
     if given is not None or parent is None:
         return given
-    if not checkpoints.steps_in(parent):
+    steps, planned = checkpoints.steps_in(parent), checkpoints.planned_updates(parent)
+    if steps and steps[-1] < planned:
+        raise InputError(
+            f"{parent} is not finished: its last snapshot has {steps[-1]} of {planned} updates; resume it, or start "
+            f"from that snapshot with --config.training.import_flax={parent / 'checkpoints' / str(steps[-1])}"
+        )
+    if not steps:
         raise InputError(
             f"no weights to start from: training.import_torch and training.import_flax are not given and "
             f"{parent / 'checkpoints'} has no checkpoint; train that stage first or give one"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ from etils import epath
 UNSUPPORTED_LINK = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 # TensorFlow's errors that have a counterpart among those of a disk.
 REMOTE_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
+# Of a disk or a folder that is full, read-only, forbidden, no folder, or gone.
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO,
+)  # fmt: skip
+# Tensorstore's messages: of a disk with the error's number, of a bucket beginning with a status.
+_STORE_NUMBER = re.compile(r"os_error_code='(\d+)'")
+_STORE_STATUS = re.compile(r"(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED): ")
 
 
 class InputError(ValueError):
@@ -34,11 +43,52 @@ def os_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tensorflow = sys.modules.get("tensorflow")  # imported by epath if a remote path has been used
-        if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+        if (converted := _remote_error(error)) is None:
             raise
-        kind, number = REMOTE_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
-        raise kind(number, str(error).splitlines()[0]) from error
+        raise converted from error
+
+
+def _remote_error(error: BaseException) -> OSError | None:
+    """The OSError that stands for an error of TensorFlow; None: it is none."""
+    tensorflow = sys.modules.get("tensorflow")  # imported by epath if a remote path has been used
+    if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+        return None
+    kind, number = REMOTE_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
+    return kind(number, str(error).splitlines()[0])
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of a disk or a bucket behind `error`, however wrapped (orbax's are tensorstore's); else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        if (remote := _remote_error(error)) is not None:
+            return remote
+        if type(error) is ValueError and (number := _STORE_NUMBER.search(str(error))):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        if type(error) is ValueError and _STORE_STATUS.match(str(error)):
+            return OSError(errno.EREMOTEIO, str(error).splitlines()[0][:200])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_writable(*folders: epath.PathLike) -> None:
+    """Makes the folders, and a small file in each, which is removed again.
+
+    Raises:
+      InputError: a folder cannot be made or written.
+    """
+    for folder in map(epath.Path, folders):
+        try:
+            with os_errors():
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".writable.{uuid.uuid4().hex[:8]}.tmp"
+                try:
+                    probe.write_bytes(b"?")
+                finally:
+                    probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror or error}; use another folder") from error
 
 
 @contextlib.contextmanager

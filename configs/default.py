@@ -68,8 +68,11 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.log_freq = 50  # updates between two lines of loss
     training.snapshot_freq = 10_000  # updates between two kept checkpoints
     training.snapshot_freq_for_preemption = 1_000  # updates between two checkpoints kept only to resume from
+    training.keep_snapshots = 0  # keep the latest so many of them; 0: all
     training.snapshot_sampling = True  # draw a sample grid at each kept checkpoint
     training.snapshot_fid_sample = 0  # samples for an FID at each kept checkpoint; 0: none
+    training.nan_policy = "stop"  # on NaN or infinity: stop | skip (drop the update; 10 in a row stop the run)
+    training.override_resume = False  # continue a workdir that was begun with other settings
     training.reduce_mean = True  # False: loss l2 is half the sum over pixels
     training.loss = "l2"  # l2 | huber | lpips_huber (lpips needs the two files below)
     training.lpips_path = "none"  # VGG16's weights in torchvision's format, vgg16-397923af.pth; never downloaded

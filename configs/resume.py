@@ -1,0 +1,58 @@
+"""Which settings a run may change when it is resumed: those that cannot change its result."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.default import get_default_config
+from utils import InputError
+
+COMPARED = ("seed", "data", "model", "training", "optim")
+FREE = frozenset(
+    [
+        # where files are
+        "data.data_dir", "training.lpips_path", "training.lpips_heads",
+        # how often something is logged, saved or drawn, and how a stop is handled
+        "training.log_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption",
+        "training.snapshot_sampling", "training.snapshot_fid_sample", "training.keep_snapshots", "training.nan_policy",
+        "training.override_resume", "training.n_jitted_steps",
+        # the sampler's
+        "model.num_scales",
+        # of the pairs, whose manifest says what they are; the mode is the stage
+        "training.reflow_mode", "training.n_reflow_data", "training.gen_reflow_size", "training.reflow_file_size",
+        "training.reflow_dtype", "training.reflow_store_noise", "training.reflow_pairs", "training.inverted_pairs",
+        "training.gen_worker",
+    ]
+)  # fmt: skip
+
+
+def check_resume(saved: dict[str, Any], config: ml_collections.ConfigDict, stage_folder) -> None:
+    """Checks that a stage goes on with the settings that it was begun with; `saved` is the configuration then.
+
+    A setting that a later version has introduced had its default. The number of updates may change where the learning
+    rate does not depend on it.
+
+    Raises:
+      InputError: settings differ, unless `training.override_resume`; it names them and both values.
+    """
+    free = FREE | ({"training.n_iters"} if config.optim.schedule == "constant" else set())
+    before, now = (_flat(get_default_config().to_dict()) | _flat(saved)), _flat(config.to_dict())
+    differing = [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in sorted(now.keys() & before.keys() - free)
+        if before[name] != now[name]
+    ]
+    if differing and not config.training.override_resume:
+        raise InputError(
+            f"{stage_folder} was begun with other settings: {'; '.join(differing)}. Use those again, or another "
+            "--workdir, or go on all the same with --config.training.override_resume=True"
+        )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """{'section.key': value} of the sections that are compared; tuples are lists, as in JSON."""
+    flat = {"seed": config.get("seed")}
+    for section in COMPARED[1:]:
+        for key, value in config.get(section, {}).items():
+            flat[f"{section}.{key}"] = list(value) if isinstance(value, tuple | list) else value
+    return flat
