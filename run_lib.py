@@ -406,6 +406,7 @@ def _log_pictures(tracker, step: int, folder: epath.Path):
 
 def _generate_pairs(config, workdir: epath.Path, log_name: str):
     """Makes the missing files of the pair set, or of the trajectory set (`training.reflow_pairs`)."""
+    utils.check_writable(workdir / "samples")
     images = datasets.image_source(config.data)
     source: Any = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
     weights = source.load()
@@ -535,6 +536,7 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
     for each in sampler_configs(config).values() or [config]:
         check_steps(each, "eval")
+    utils.check_writable(workdir)
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
     model = models.create_model(config)
     sampler_over = functools.cache(lambda *boundaries: _sampler(config, model, boundaries))  # each compiled once
@@ -550,11 +552,19 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
             references = {"truncation_error": _reference(config, sampler, params)} | judged_by
             checkpoint = _Measured(step, name, params, sampler, references, teacher)
             for part in parts:
+                _check_stop(f"before checkpoint {step} was measured")
                 _measure(part, checkpoint, real)
     for part in parts:
         if parallel.is_first_host():
             evaluation.mark_best(part.folder, checkpoint.step)
         logger.info("metrics and pictures are in %s", part.folder)
+
+
+def _check_stop(where: str):
+    """Raises Preempted on every host if one of them has been asked to stop; all must call."""
+    is_asked = runtime.preemption.requested is not None
+    if parallel.gather(np.array([is_asked])).any():
+        raise runtime.preemption.stopped(where)
 
 
 def _measurements(config, workdir: epath.Path, eval_folder: str, log_name: str) -> list[_Measurement]:
