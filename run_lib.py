@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -25,6 +27,7 @@ import figures
 import losses
 import models
 import parallel
+import provenance
 import reflow
 import runtime
 import segments
@@ -392,7 +395,12 @@ def _data_features(config) -> features.DataFeatures:
 
 def _tracker(config, folder, workdir, name: str, **options) -> tracking.Tracker:
     primary = parallel.is_first_host()
-    return tracking.Tracker(folder, workdir=workdir, name=name, config=config.to_dict(), primary=primary, **options)
+    record = provenance.of_process(config.to_dict())
+    shown = record["config"] | {"provenance": {key: value for key, value in record.items() if key != "config"}}
+    tracker = tracking.Tracker(folder, workdir=workdir, name=name, config=shown, primary=primary, **options)
+    if primary:
+        utils.write_json(folder / "provenance.json", record)
+    return tracker
 
 
 def _log_pictures(tracker, step: int, folder: epath.Path):
@@ -510,6 +518,7 @@ class _Measured:
       sampler: of its network and segments; every measurement has options of its own.
       references: as `evaluation.evaluate_checkpoint`, each computed once for all samplers.
       teacher: the fingerprint of the weights that samples are compared with; None: not compared.
+      origin: where it was found, for the record in metrics.json.
     """
 
     step: int
@@ -518,6 +527,7 @@ class _Measured:
     sampler: Sampler
     references: dict[str, Callable[[], list[np.ndarray]]]
     teacher: str | None
+    origin: dict[str, Any]
 
 
 def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
@@ -550,7 +560,12 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
             step, params = int(weights.step) if step is None else step, weights.ema_params
             sampler = sampler_over(*sources.evaluated_boundaries(config, workdir, source).tolist())
             references = {"truncation_error": _reference(config, sampler, params)} | judged_by
-            checkpoint = _Measured(step, name, params, sampler, references, teacher)
+            origin = {
+                "workdir": os.fspath(workdir.absolute()),
+                "checkpoint": source.name,
+                "pairs": _pair_sets(workdir, source),
+            }
+            checkpoint = _Measured(step, name, params, sampler, references, teacher, origin)
             for part in parts:
                 _check_stop(f"before checkpoint {step} was measured")
                 _measure(part, checkpoint, real)
@@ -615,12 +630,33 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: features.DataFeatu
     if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
         logger.info("%s is measured already", folder)
         return
+    began = time.perf_counter()
     values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, checkpoint.references)
+    record = provenance.of_process(config.to_dict()) | checkpoint.origin
+    record |= {
+        "weights": settings["weights"],
+        "sampler": sampler.options,
+        "nfe": values["nfe"],
+        "ema_rate": config.eval.ema_rate or config.model.ema_rate,
+        "num_samples": config.eval.num_samples,
+        "network": settings["network"],
+        "seconds": time.perf_counter() - began,
+        "images_per_second": 1000 / values["seconds_per_1000"],
+    }
     named = {"step": checkpoint.step, "model": checkpoint.model_name, "sampler": sampler.name}
-    utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings})
+    utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
     part.tracker.log(checkpoint.step, values)
     _log_pictures(part.tracker, checkpoint.step, folder)
+    part.tracker.record(record)
     part.tracker.flush()
+
+
+def _pair_sets(workdir, source: sources.CheckpointRef) -> dict[str, str]:
+    """The hashes of the manifests of the workdir's pairs and trajectories, for a checkpoint trained on pairs."""
+    if source.metadata.get("teacher") is None:
+        return {}
+    folders = sources.PAIRS, sources.TRAJECTORIES
+    return provenance.file_hashes(workdir / folder / pairmanifest.MANIFEST for folder in folders)
 
 
 def _protocol(config, sampler: Sampler) -> evaluation.Protocol:

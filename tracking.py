@@ -92,6 +92,11 @@ class Tracker:
 
             self._wandb.log({self._prefix + name: wandb.Image(os.fspath(path))}, step=step)
 
+    def record(self, values: dict[str, Any]) -> None:
+        """Keeps in wandb's configuration of the run what its numbers depend on, `provenance` by its prefix."""
+        if self._primary:
+            self._wandb.config.update({f"{self._prefix}provenance": values}, allow_val_change=True)
+
     def flush(self) -> None:
         """Writes `<folder>/metrics.json`: `history`."""
         if self._primary:
@@ -125,11 +130,12 @@ def _wandb_run(workdir, name, config):
 
     folder = epath.Path(workdir)
     local = folder if utils.is_local(folder) else epath.Path(".")
-    local.mkdir(parents=True, exist_ok=True)
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode != "disabled":
+        local.mkdir(parents=True, exist_ok=True)
     # Of the workdir too: runs of the same name in two workdirs are two wandb runs.
     identity = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:16]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     arguments = {"project": "seqrf", "name": name, "id": identity, "resume": "allow", "config": config}
     arguments["dir"] = os.fspath(local)
     try:
