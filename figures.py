@@ -6,17 +6,24 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 import adaptive
 import segments
 from utils import atomic_file
 
 
-def image_grid(images: Float[np.ndarray, "n h w c"], padding: int = 1) -> np.ndarray:
-    """One picture, [rows (h + padding), columns (w + padding), 3] uint8, of n images in [0, 1], nearly square."""
+def levels(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Images in [0, 1] as the nearest of 256 levels."""
+    return (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def image_grid(
+    images: Float[np.ndarray, "n h w c"], padding: int = 1, columns: int | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One picture, [rows (h + padding), columns (w + padding), 3], of n images in [0, 1]; nearly square by default."""
     n, h, w, c = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     grid = np.ones((rows * (h + padding), columns * (w + padding), c), np.float32)
     for index, image in enumerate(np.asarray(images, np.float32)):
@@ -24,19 +31,44 @@ def image_grid(images: Float[np.ndarray, "n h w c"], padding: int = 1) -> np.nda
         y, x = y * (h + padding), x * (w + padding)
         grid[y : y + h, x : x + w] = image
     grid = np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid
-    return (np.clip(grid, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return levels(grid)
 
 
-def draw_images(path: epath.PathLike, images: Float[np.ndarray, "n h w c"]) -> None:
-    """One grid of images in [0, 1], the pixels of small ones enlarged."""
+def draw_images(
+    path: epath.PathLike, images: Float[np.ndarray, "n h w c"], columns: int | None = None, size: int = 512
+) -> None:
+    """One grid of images in [0, 1], the pixels of small ones enlarged, to at most `size` of the whole."""
+    with atomic_file(path) as file:
+        _enlarged(image_grid(images, columns=columns), size).save(file, format="PNG")
+
+
+def _enlarged(grid: np.ndarray, size: int) -> Any:
     from PIL import Image
 
-    grid = image_grid(images)
-    zoom = max(1, 512 // max(grid.shape[:2]))
+    zoom = max(1, size // max(grid.shape[:2]))
     picture = Image.fromarray(grid)
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def write_image(path: epath.PathLike, image: Float[np.ndarray, "h w c"]) -> None:
+    """One image in [0, 1] of 1 or 3 channels as a PNG of its own size."""
+    from PIL import Image
+
     with atomic_file(path) as file:
-        picture.save(file, format="PNG")
+        Image.fromarray(levels(image[..., 0] if image.shape[-1] == 1 else image)).save(file, format="PNG")
+
+
+def draw_animation(path: epath.PathLike, frames: Float[np.ndarray, "frames n h w c"], seconds: float = 2.0) -> None:
+    """A GIF of grids of images in [0, 1] that plays for ever; the last frame stays for as long as all others."""
+    pictures = [_enlarged(image_grid(images), 256) for images in frames]
+    if frames.shape[-1] == 1:
+        pictures = [picture.convert("L") for picture in pictures]
+    each = max(20, round(1000 * seconds / max(1, len(pictures) - 1)))
+    durations = [each] * (len(pictures) - 1) + [round(1000 * seconds)]
+    with atomic_file(path) as file:
+        pictures[0].save(
+            file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
+        )
 
 
 def draw_straightness(

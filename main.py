@@ -11,8 +11,8 @@ FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/rf/digits_rf_continuous.py.")
 flags.DEFINE_string("workdir", None, "The folder of this run: checkpoints, pairs, figures and metrics.")
-flags.DEFINE_enum("mode", None, ["train", "eval"], "train: also generates pairs, see --config.training.reflow_mode.")
-flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for the results of --mode=eval.")
+flags.DEFINE_enum("mode", None, ["train", "eval", "sample"], "train makes pairs too: --config.training.reflow_mode.")
+flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for the results of eval and sample.")
 flags.DEFINE_string("log_name", "seqrf", "The name of the run in Weights & Biases.")
 flags.mark_flags_as_required(["workdir", "config", "mode"])
 
@@ -34,8 +34,10 @@ def _run(config):
         with runtime.terminal_logging():
             if FLAGS.mode == "train":
                 run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
-            else:
+            elif FLAGS.mode == "eval":
                 run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
+            else:
+                run_lib.sample(config, FLAGS.workdir, FLAGS.eval_folder)
             runtime.preemption.check()  # too late to matter, but a script must not go on to its next command
     except runtime.Preempted as stop:
         print(f"{stop}; resume with the same command", file=sys.stderr, flush=True)

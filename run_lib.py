@@ -1,4 +1,4 @@
-"""The jobs: train a flow, generate pairs, evaluate. `train` and `evaluate` are read from the top down."""
+"""The jobs: train a flow, generate pairs, evaluate, sample. `train` and `evaluate` are read from the top down."""
 
 import contextlib
 import dataclasses
@@ -30,6 +30,7 @@ import parallel
 import provenance
 import reflow
 import runtime
+import sample_files
 import segments
 import sources
 import tracking
@@ -671,3 +672,35 @@ def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
         time_grid=config.sampling.time_grid,
         save_trajectory=config.eval.save_trajectory,
     )
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def sample(config: Config, workdir: epath.PathLike, eval_folder: str) -> None:
+    """--mode=sample: samples of one checkpoint as pictures and arrays, in `<workdir>/<eval_folder>/`.
+
+    The checkpoint is the last of those that `evaluate` would measure.
+
+    Raises:
+      InputError: no checkpoint; a setting that cannot work.
+    """
+    config = _prepare(config, "sample")
+    workdir, stage = epath.Path(workdir), _stage(config, config.eval.reflow_mode)
+    *_, source = sources.checkpoints_to_evaluate(config, workdir / stage.folder).values()
+    config.training.reflow_t = sources.evaluated_segments(config, source)
+    check_steps(config, "sample")
+    weights, centered = source.load(), config.data.centered
+    checkpoints.log_source(source.name, weights, centered=centered)
+    params, boundaries = weights.ema_params, sources.evaluated_boundaries(config, workdir, source)
+    sampler = _sampler(config, models.create_model(config), boundaries)
+    sampler = sampler.with_time_grid(params, config.sampling.time_grid)
+    about = {
+        "checkpoint": source.name,
+        "step": int(weights.step),
+        "weights": checkpoints.fingerprint(params),
+        "boundaries": boundaries.tolist(),
+        "sampling": config.sampling.to_dict() | {"num_scales": config.model.num_scales},
+    }
+    wanted = sample_files.Wanted(**config.sample)
+    sample_files.write_samples(workdir / eval_folder, sampler, params, wanted, centered=centered, about=about)

@@ -144,9 +144,19 @@ class Sampler:
         return batches()
 
     def samples(
-        self, params: Any, count: int, batch_size: int, cost: Cost | None = None
+        self,
+        params: Any,
+        count: int,
+        batch_size: int,
+        cost: Cost | None = None,
+        *,
+        name: str = "sampling",
+        noise: Callable | None = None,
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
         """Yields `count` samples in batches of `batch_size` over all local devices, in the data's scaled range.
+
+        Args:
+          name, noise: (sampler, indices) -> the noises to solve from, and a name for it; default: `Sampler.noise`.
 
         `cost` counts NFE and seconds, compilation excluded.
 
@@ -155,10 +165,10 @@ class Sampler:
         """
 
         def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
-            return sampler.solve(params, sampler.noise(indices))
+            return sampler.solve(params, (noise or Sampler.noise)(sampler, indices))
 
         per_device = _images_per_device(min(batch_size, count))
-        for first, solved, seconds in self.map_noises("sampling", solve, params, count, per_device):
+        for first, solved, seconds in self.map_noises(name, solve, params, count, per_device):
             x = np.asarray(solved.x).reshape(-1, *self.image_shape)
             if cost is not None:
                 cost.add(solved, len(x), seconds)

@@ -61,11 +61,14 @@ RANGES = {
     "eval.straightness_samples": (1, None),
     "eval.segments": (0, None),
     "eval.ema_rate": (0, 1),
+    "sample.count": (1, None),
+    "sample.batch_size": (1, None),
+    "sample.frames": (2, 1_000),
 }
 
 
 def check_config(config, mode: str):
-    """Raises InputError for the first value that cannot work in a job of `mode`: train or eval."""
+    """Raises InputError for the first value that cannot work in a job of `mode`: train, eval or sample."""
     for each in sampler_configs(config).values():
         check_config(each, mode)
     for name, allowed in CHOICES.items():
@@ -89,7 +92,7 @@ def check_options(config, mode: str):
             raise InputError(f"--config.model.ema_rates={model.ema_rates}: use rates from 0 to 1 other than ema_rate")
     if len(set(model.ema_rates)) < len(model.ema_rates):
         raise InputError(f"--config.model.ema_rates={model.ema_rates} names a rate twice")
-    if mode == "eval" and config.eval.ema_rate not in (0, model.ema_rate, *model.ema_rates):
+    if mode != "train" and config.eval.ema_rate not in (0, model.ema_rate, *model.ema_rates):
         rates = ", ".join(map(str, (model.ema_rate, *model.ema_rates)))
         raise InputError(f"--config.eval.ema_rate={config.eval.ema_rate}: use 0 or a rate of the run ({rates})")
     if mode == "train" and config.optim.schedule == "cosine" and training.n_iters <= config.optim.warmup:
@@ -169,7 +172,7 @@ def check_batches(config, mode: str, *, devices: int, local_devices: int):
             f"--config.training.on_policy={config.training.on_policy}: {on_policy_rows(config)} of "
             f"{config.training.batch_size} examples cannot be shared by {devices} devices; use another share"
         )
-    if config.eval.batch_size % local_devices:
+    if mode != "sample" and config.eval.batch_size % local_devices:
         raise InputError(
             f"--config.eval.batch_size={config.eval.batch_size} cannot be shared by {local_devices} local devices; "
             f"use a multiple of {local_devices}"

@@ -124,4 +124,11 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.save_trajectory = False  # keep one batch's trajectory and its times
     evaluate.straightness_samples = 1_024  # noises behind straightness and truncation error
     evaluate.inception_path = "none"  # a SavedModel folder; 'none': TF-GAN's handle on TF-Hub
+
+    config.sample = sample = ml_collections.ConfigDict()  # --mode=sample, of the checkpoint that an evaluation takes
+    sample.count = 64
+    sample.batch_size = 64  # solved together, over all local devices; sampler.load's default
+    sample.interpolate = False  # also strips between pairs of noises
+    sample.trajectory = False  # also the way from noise to image: an animated GIF and a strip
+    sample.frames = 16  # of a strip and of the animation
     return config
