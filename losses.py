@@ -299,6 +299,20 @@ def _mean_square(velocity, targets: Targets, *, reduce_mean: bool):
 # --- optimiser and training state -------------------------------------------------------------------------------------
 
 
+def learning_rate(lr: float, warmup: int, schedule: str = "constant", n_iters: int = 0) -> optax.Schedule:
+    """The learning rate of an update, by the number of updates before it.
+
+    Args:
+      lr: the learning rate after the warm-up.
+      warmup: updates of linear warm-up from 0; 0: none.
+      schedule: "constant", or "cosine": from lr after the warm-up to 0 after `n_iters` updates.
+      n_iters: updates of the whole run, more than `warmup`; of "cosine" alone.
+    """
+    if schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, n_iters)
+    return optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
+
+
 def optimizer(
     *,
     lr: float,
@@ -312,18 +326,11 @@ def optimizer(
     """Adam with global-norm clipping and a learning-rate schedule.
 
     Args:
-      lr: the learning rate after the warm-up.
+      lr, warmup, schedule, n_iters: as `learning_rate`.
       beta1, eps: Adam's.
-      warmup: updates of linear warm-up from 0; 0: none.
       grad_clip: the largest global norm of a gradient; negative: no clipping.
-      schedule: "constant", or "cosine": from lr after the warm-up to 0 after `n_iters` updates.
-      n_iters: updates of the whole run, more than `warmup`; of "cosine" alone.
     """
-    rate = optax.constant_schedule(lr)
-    if schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, n_iters)
-    elif warmup > 0:
-        rate = optax.linear_schedule(0.0, lr, warmup)
+    rate = learning_rate(lr, warmup, schedule, n_iters)
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity()
     return optax.chain(clip, optax.scale_by_adam(b1=beta1, eps=eps), optax.scale_by_learning_rate(rate))
 

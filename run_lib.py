@@ -238,21 +238,24 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
     program = parallel.map_devices(_train_step(run, stage, data), all_hosts=True, donate=(0,))
     state = parallel.replicate(state)
     run_ahead, any_host, values = parallel.RunAhead(), parallel.AnyHost(), _update_values(run)
+    rates, pace = _learning_rates(run.config), updates.Pace(training.batch_size)
     with tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None) as progress:
-        for batch, count in _calls(training, data, step):
+        for batch, count in _calls(training, data, step, pace):
             state, computed = program(state, batch)
             run_ahead.add(computed)
             before, step = step, step + count
             values.add(step, computed)
+            pace.add(count)
             progress.update(count)
             if step // training.log_freq > before // training.log_freq or step == training.n_iters:
                 run.saved.check()
-                values.log()
+                values.log(learning_rate=float(rates[step - 1]), **pace.summary())
             stops = any_host(runtime.preemption.requested is not None)
             is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
             if is_snapshot or stops or step % training.snapshot_freq_for_preemption == 0:
                 values.check()
                 (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, parallel.first_copy(state))
+                pace.restart()
             if stops:
                 run.saved.wait()
                 raise runtime.preemption.stopped(f"after update {step} of {training.n_iters}")
@@ -266,17 +269,20 @@ def _update_values(run: _Run) -> updates.UpdateValues:
     return updates.UpdateValues(run.tracker.log, drops=drops, remedy=remedy)
 
 
-def _calls(training, data: sources.TrainingData, step: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
+def _calls(
+    training, data: sources.TrainingData, step: int, pace: updates.Pace
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """(batch [devices, updates, B, ...], updates) of every call of the training step, up to n_iters.
 
     Calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
     """
-    updates = training.n_jitted_steps
-    batches = parallel.prefetch(data.batches(step - step % updates))
+    whole = training.n_jitted_steps
+    batches = parallel.prefetch(data.batches(step - step % whole))
     while step < training.n_iters:
-        batch, first = next(batches), step % updates
-        count = min(updates - first, training.n_iters - step)
-        if count < updates:
+        with pace.waiting():
+            batch, first = next(batches), step % whole
+        count = min(whole - first, training.n_iters - step)
+        if count < whole:
             batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
         yield batch, count
         step += count
@@ -364,6 +370,13 @@ def _draw_losses(run: _Run):
 
 def _optimizer(config):
     return losses.optimizer(**config.optim, n_iters=config.training.n_iters)
+
+
+def _learning_rates(config) -> np.ndarray:
+    """[n_iters] of every update: computed before them, because later the devices are busy."""
+    settings, n_iters = config.optim, config.training.n_iters
+    rate = losses.learning_rate(settings.lr, settings.warmup, settings.schedule, n_iters)
+    return np.broadcast_to(np.asarray(rate(np.arange(n_iters))), n_iters)
 
 
 def _random_weights(config, model) -> models.Weights:

@@ -1,6 +1,8 @@
-"""The values of a run's updates: fetched from the devices late, checked for NaN and infinity, logged."""
+"""The pace of a run's updates, and their values: fetched late, checked for NaN and infinity, logged."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,43 @@ _WHAT = {"loss": "the loss", "gradient_norm": "the gradient", "parameter_norm": 
 Values = dict[str, Any]  # name -> [devices, updates of a call], see `losses.make_train_step`
 
 
+class Pace:
+    """Images per second, and the share of time that the host waited for input, since the last log."""
+
+    def __init__(self, images: int):
+        """`images` of one update."""
+        self._images = images
+        self._is_compiled = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now: what came before, such as a snapshot, was no training."""
+        self._began, self._waited, self._updates = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for input."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def add(self, updates: int) -> None:
+        """Counts updates; not the first ones, whose program was compiled."""
+        self._updates += updates
+        if not self._is_compiled:
+            self._is_compiled = True
+            self.restart()
+
+    def summary(self) -> dict[str, float]:
+        """The numbers to log, none where there was no update; counts from now."""
+        if not self._updates:
+            return {}
+        seconds = time.perf_counter() - self._began
+        rates = {"images_per_second": self._images * self._updates / seconds, "input_wait": self._waited / seconds}
+        self.restart()
+        return rates
+
+
 class UpdateValues:
     """Takes the values of every call of the training step, and logs some of them one log later, when devices have them.
 
@@ -24,7 +63,7 @@ class UpdateValues:
     def __init__(self, log: Callable[[int, dict[str, Any]], None], *, drops: bool, remedy: str):
         """
         Args:
-          log: (update, {name: value}), for loss and gradient_norm: their means over the last call.
+          log: (update, {name: value}), for loss and gradient_norm, their means over the last call, and what `log` adds.
           drops: whether updates that are not finite were dropped, as `make_train_step(drop_nonfinite=True)` does: up to
             MOST_DROPPED in a row are counted, and their number since the log before is logged as "dropped_updates".
           remedy: the end of the message of an error.
@@ -32,16 +71,21 @@ class UpdateValues:
         self._log, self._drops, self._remedy = log, drops, remedy
         self._new: list[tuple[int, Values]] = []  # (updates so far, values) since the last log
         self._due: list[tuple[int, Values]] = []  # up to the last log, not logged yet
+        self._beside: dict[str, float] = {}
         self._in_row = self._dropped = 0
 
     def add(self, step: int, values: Values) -> None:
         """Takes the values of a call that ends with update number `step`."""
         self._new.append((step, values))
 
-    def log(self) -> None:
-        """The values up to now are to be logged, by the next call of `log` or `check`. Raises InputError as `check`."""
+    def log(self, **beside: float) -> None:
+        """The values up to now are to be logged, by the next call of `log` or `check`, with those given beside them.
+
+        Raises:
+          InputError: as `check`.
+        """
         self._log_due()
-        self._new, self._due = [], self._new
+        self._new, self._due, self._beside = [], self._new, beside
 
     def check(self) -> None:
         """Waits for the values of all updates so far.
@@ -60,7 +104,7 @@ class UpdateValues:
         logged = {name: float(np.mean(last[name])) for name in ("loss", "gradient_norm")}
         if self._drops:
             logged["dropped_updates"], self._dropped = self._dropped, 0
-        self._log(self._due[-1][0], logged)
+        self._log(self._due[-1][0], logged | self._beside)
         self._due = []
 
     def _fetch(self, calls: list[tuple[int, Values]]) -> dict[str, np.ndarray]:

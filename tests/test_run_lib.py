@@ -72,7 +72,13 @@ def test_a_stage_leaves_checkpoints_numbers_and_pictures(workdir, stage):
     assert checkpoints.steps_in(workdir / stage) == [0, 4, 6]
     lines = json.loads((workdir / stage / "metrics.json").read_text())
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert all(np.isfinite(line["loss"]) for line in lines)
+    for line in lines:
+        assert np.isfinite(line["loss"])
+        assert line["gradient_norm"] > 0
+        assert line["learning_rate"] == pytest.approx(1e-3 * (line["step"] - 1) / 100, rel=1e-4)
+    for line in lines[1:]:  # the first call is compiled
+        assert line["images_per_second"] > 0
+        assert 0 <= line["input_wait"] <= 1
     assert (workdir / stage / "loss.png").stat().st_size > 1000
     assert (workdir / stage / "samples" / "step_6.png").stat().st_size > 200
 

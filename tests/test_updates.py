@@ -76,3 +76,38 @@ def test_dropped_updates_are_counted_and_ten_in_a_row_stop_the_run(logged):
     taken.add(20, values_of([NAN]))
     with pytest.raises(InputError, match=r"10 updates in a row were dropped.*at update 20"):
         taken.check()
+
+
+def test_what_is_logged_beside_the_values_comes_with_them(logged):
+    values = taker(logged)
+    values.add(2, values_of([1.0, 2.0]))
+    values.log(learning_rate=0.5)
+    values.add(4, values_of([3.0, 3.0]))
+    values.log(learning_rate=0.25)
+    values.check()
+    beside = [(step, line["loss"], line["learning_rate"]) for step, line in logged]
+    assert beside == [(2, 1.5, 0.5), (4, 3.0, 0.25)]
+
+
+def test_the_pace_leaves_out_compilation_and_snapshots(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(updates.time, "perf_counter", lambda: now[0])
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    pace = updates.Pace(images=8)
+    pass_time(100)
+    pace.add(2)  # compiled
+    assert pace.summary() == {}
+    for _ in range(3):
+        with pace.waiting():
+            pass_time(1)
+        pass_time(3)
+        pace.add(2)
+    assert pace.summary() == {"images_per_second": 8 * 6 / 12, "input_wait": 3 / 12}
+    pass_time(50)
+    pace.restart()  # after a snapshot
+    pass_time(2)
+    pace.add(1)
+    assert pace.summary() == {"images_per_second": 4.0, "input_wait": 0.0}
