@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 import datasets
 import figures
 import parallel
+import runtime
 import utils
 from sampler import Cost, Sampler
 
@@ -85,8 +87,12 @@ def _kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def _unscaled(batches: Any, centered: bool) -> Float[np.ndarray, "n h w c"]:
-    return np.concatenate([datasets.unscale(x, centered) for x in batches])
+def _unscaled(batches: Iterable[np.ndarray], centered: bool) -> Float[np.ndarray, "n h w c"]:
+    images = []
+    for x in batches:
+        runtime.preemption.check()
+        images.append(datasets.unscale(x, centered))
+    return np.concatenate(images)
 
 
 def _write_images(folder: epath.Path, images: Float[np.ndarray, "n h w c"]) -> None:

@@ -97,7 +97,6 @@ def card(metadata: dict[str, Any], metrics: list[dict[str, Any]], options: argpa
         "library_name": "seqrf",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["rectified-flow", "seqrf", "flow-matching", "jax", "flax"],
-        "datasets": [data],
     }
     front_matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())  # JSON is YAML
     picture = "\n![samples](samples.png)\n" if options.images else ""
@@ -107,9 +106,9 @@ def card(metadata: dict[str, Any], metrics: list[dict[str, Any]], options: argpa
 
 # {name}
 
-A {model_name(metadata)} flow from noise to images of {size} x {size} x {channels}, trained on {data}: update
-{metadata["step"]}, segments between t = {boundaries} (1: noise, 0: data). Sequential rectified flow, [arXiv
-2402.06461]({PAPER}).
+A {model_name(metadata)} flow from noise to images of {size} x {size} x {channels}.
+Trained on {data}, {metadata["step"]} updates; its segments lie between t = {boundaries} (1: noise, 0: data).
+The method is [sequential rectified flow]({PAPER}).
 {picture}
 ## Use
 

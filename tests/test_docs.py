@@ -9,7 +9,7 @@ import pytest
 from configs.default import get_default_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/recipes.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/recipes.md", "model_zoo/README.md"]
 
 
 def sources() -> list[pathlib.Path]:

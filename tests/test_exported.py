@@ -191,6 +191,19 @@ def test_arguments_that_cannot_work_are_named(folder):
         sampler.load(folder, batch_size=0)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((pathlib.Path(__file__).parents[1] / "model_zoo").glob("*/")), ids=lambda p: p.name
+)
+def test_shipped_models_load_and_are_small(path):
+    model = sampler.load(path)
+    assert sum(file.stat().st_size for file in path.iterdir()) < 8e6
+    assert {file.name for file in path.iterdir()} == {"README.md", "config.json", "model.safetensors", "samples.png"}
+    recommended = json.loads((path / "config.json").read_text())["samplers"]
+    for options in recommended:
+        model.sampler(**options)  # raises for one that cannot work
+    assert recommended
+
+
 # --- scripts/export.py ------------------------------------------------------------------------------------------------
 
 
