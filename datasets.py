@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 import parallel
 from runtime import tensorflow_on_cpu
@@ -58,6 +59,14 @@ def unscale(
     """The model's images ([-1, 1] if `centered`, else [0, 1]) as float32 in [0, 1], clipped to that range."""
     x = np.asarray(x, np.float32)
     return np.clip((x + 1) / 2 if centered else x, 0, 1)
+
+
+def levels(
+    x: Float[Array, "*batch height width channels"], centered: bool
+) -> UInt8[Array, "*batch height width channels"]:
+    """The model's images as a saved picture has them: rounded to levels from 0 to 255. For JAX programs."""
+    unit = jnp.clip((x + 1) / 2 if centered else x, 0, 1)
+    return (255 * unit + 0.5).astype(jnp.uint8)
 
 
 def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:

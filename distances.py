@@ -32,15 +32,15 @@ class Moments:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def moments(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
-    """The moments of all rows of the blocks; the covariance has n - 1 in its denominator.
+def moments(parts: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
+    """The moments of all rows of the parts; the covariance has n - 1 in its denominator.
 
     Raises:
       ValueError: fewer than two rows.
     """
     count = 0
     shift, total, squares = (np.zeros(()),) * 3
-    for block in blocks:
+    for block in parts:
         if not count:
             shift = block.mean(axis=0, dtype=np.float64)  # near the mean, so that no digits are lost below
         centered = block - shift
@@ -73,7 +73,15 @@ def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -
       ValueError: fewer than two samples, different widths, or values that are not finite.
     """
     check_comparable(a, b)
-    return frechet_distance_of_moments(moments(_blocks(a)), moments(_blocks(b)))
+    return frechet_distance_of_moments(moments(blocks(a)), moments(blocks(b)))
+
+
+def frechet_distance_to(a: Moments, b: Float[np.ndarray, "m e"]) -> float:
+    """`frechet_distance` where of the first set the moments are known. Errors as there."""
+    _check("the second set", b)
+    if a.mean.size != b.shape[1]:
+        raise ValueError(f"the sets have {a.mean.size} and {b.shape[1]} features; they must come from one network")
+    return frechet_distance_of_moments(a, moments(blocks(b)))
 
 
 # --- the kernel distance ----------------------------------------------------------------------------------------------
@@ -215,11 +223,11 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np
 
 
 def nearest(
-    x: Real[np.ndarray, "n d"], blocks: Iterable[Real[np.ndarray, "b d"]]
+    x: Real[np.ndarray, "n d"], others: Iterable[Real[np.ndarray, "b d"]]
 ) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """The Euclidean distance of each row of `x` to the nearest row of the blocks, and that row's number."""
+    """The Euclidean distance of each row of `x` to the nearest of all rows of `others`, and that row's number."""
     smallest, index, first = np.full(len(x), np.inf), np.zeros(len(x), int), 0
-    for block in blocks:
+    for block in others:
         for rows, distances in _squared_distances(x, block):
             column = distances.argmin(axis=1)
             found = distances[np.arange(len(column)), column]
@@ -240,7 +248,7 @@ def inception_score(logits: Float[np.ndarray, "n classes"]) -> float:
     """
     _check("logits", logits)
     negative_entropy, total = 0.0, np.zeros(logits.shape[1])
-    for block in _blocks(logits):
+    for block in blocks(logits):
         log_p = scipy.special.log_softmax(block.astype(np.float64), axis=1)
         p = np.exp(log_p)
         negative_entropy += np.sum(p * log_p)
@@ -257,7 +265,8 @@ def _spans(x: np.ndarray, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, len(x))) for first in range(start, len(x), BLOCK))
 
 
-def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(x: Real[np.ndarray, "n d"]) -> Iterator[Real[np.ndarray, "b d"]]:
+    """The rows of `x`, BLOCK at a time."""
     return (x[rows] for rows in _spans(x))
 
 
@@ -265,7 +274,7 @@ def _check(name: str, x: np.ndarray) -> None:
     """Raises ValueError where `x` is not [n >= 2, d] or not finite."""
     if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
         raise ValueError(f"{name} must be [n, d] with two samples or more, got shape {x.shape}")
-    if not all(np.isfinite(block).all() for block in _blocks(x)):
+    if not all(np.isfinite(block).all() for block in blocks(x)):
         raise ValueError(f"{name} has values that are not finite")
 
 

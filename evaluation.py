@@ -5,6 +5,7 @@ Inception's, 'fid_digits_classifier' and so on another network's (docs/method.md
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,33 +14,35 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 import checkpoints
 import datasets
+import distances
+import features
 import figures
+import parallel
+import real_data
 import sampling
 import utils
-from distances import (
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    kernel_distance_and_error,
-    precision_recall,
-)
-from features import DataFeatures, real_features
+from distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from features import FeatureNetwork
+from real_data import RealData
 from sampler import Cost, Sampler, check_finite
+from utils import InputError
 
 __all__ = [
+    "Floor",
     "Protocol",
+    "Samples",
     "TrajectoryMetrics",
+    "draw_samples",
     "evaluate_checkpoint",
     "feature_distances",
     "floor",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
-    "kernel_distance_and_error",
     "precision_recall",
     "rms_to_reference",
     "sample_quality",
@@ -48,80 +51,229 @@ __all__ = [
 ]
 
 SHOWN_IMAGES = 64
+SHOWN_PAIRS = 16  # of samples and the training images nearest to them
+TEST_SPLITS = ("test", "validation")  # what data sets call the images that are not trained on
 
 
 # --- distances to the data --------------------------------------------------------------------------------------------
 
 
-def feature_distances(
-    network_name: str, real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]
-) -> dict[str, float]:
-    """FID, KID and its error under their names in metrics.json. Errors as `frechet_distance`."""
-    kernel, error = kernel_distance_and_error(real, fake)
-    suffix = _suffix(network_name)
-    return {f"fid{suffix}": frechet_distance(real, fake), f"kid{suffix}": kernel, f"kid_error{suffix}": error}
+def feature_distances(real: RealData, fake: Float[np.ndarray, "n d"]) -> dict[str, float]:
+    """FID, KID and its error under their names in metrics.json; FID alone where only the moments are known.
+
+    Raises:
+      ValueError: as `distances.frechet_distance`.
+    """
+    suffix = _suffix(real.network)
+    found = {f"fid{suffix}": distances.frechet_distance_to(real.moments, fake)}
+    if real.features is None:
+        return found
+    kernel, error = distances.kernel_distance_and_error(real.features, fake, sums_a=real.kernel_sums)
+    return found | {f"kid{suffix}": kernel, f"kid_error{suffix}": error}
+
+
+def _suffix(network: FeatureNetwork) -> str:
+    return "" if network.name == "inception" else f"_{network.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """The distances that samples as good as the data would have.
+
+    Attributes:
+      images: 'test' or 'validation', the split that is compared with the reference; 'halves': one half of the reference
+        is compared with the other.
+      samples: how many images are compared ...
+      reference_samples: ... with how many.
+    """
+
+    images: str
+    samples: int
+    reference_samples: int
+    distances: dict[str, float]
+
+    def metrics(self) -> dict[str, float | int]:
+        """As metrics.json has them."""
+        counts = {"samples": self.samples, "reference_samples": self.reference_samples}
+        return {f"floor_{name}": value for name, value in (self.distances | counts).items()}
 
 
 def floor(
-    real: DataFeatures,
+    real: RealData,
     data: ml_collections.ConfigDict,
     batch_size: int,
     count: int | None = None,
     cache_dir: epath.PathLike | None = None,
-) -> tuple[dict[str, float], int]:
-    """The distances of test images to the training images, which samples as good as the data would have.
+) -> Floor | None:
+    """The distances of the data set's test images to the reference; without test images those of two halves of it.
+
+    Computed once, then read from the cache. None where a reference file has moments alone and there are no test images.
 
     Args:
-      real: the feature network and its features of the training images.
       data: `config.data`.
       count: test images to compare; None: all. The FID of few samples is larger, so floors compare at equal counts.
-      cache_dir: as `features.feature_network`.
-
-    Returns:
-      The distances by name, and how many test images they are of.
-
-    Raises:
-      InputError: the data set has no test images.
+      cache_dir: as `real_data.of_config`.
     """
-    test = datasets.image_source(data, "test")
-    found = real_features(real.network, test, batch_size, cache_dir)[:count]
-    return feature_distances(real.network.name, real.features, found), len(found)
+    folder = str(features.cache_folder() if cache_dir is None else cache_dir)
+    return _floor(real, ml_collections.FrozenConfigDict(data), batch_size, count, folder)
 
 
-def _suffix(network_name: str) -> str:
-    return "" if network_name == "inception" else f"_{network_name}"
+@functools.lru_cache(maxsize=8)
+def _floor(real: RealData, data, batch_size: int, count: int | None, cache_dir: str) -> Floor | None:
+    source = _test_images(data)
+    if source is not None:
+        split, images = source
+        other = real_data.of_images(real.network, images, batch_size, split=split, cache_dir=cache_dir)
+        against, fake, made_of = real, other.features, other.record["sha256"]
+    elif real.features is not None:
+        order = np.random.default_rng(0).permutation(len(real.features))
+        half, rest = np.array_split(real.features[order], 2)
+        against = real_data.of_features(real.network, half)
+        split, fake, made_of = "halves", rest, "halves"
+    else:
+        return None
+    assert fake is not None
+    fake = fake[:count]
+
+    def compute() -> dict[str, np.ndarray]:
+        return {name: np.array(value) for name, value in feature_distances(against, fake).items()}
+
+    key = features.key(real_data.FORMAT, real.record["sha256"], made_of, len(fake))
+    found = features.cached(f"floor_{real.network.name}_{key}.npz", compute, cache_dir, shared=True)
+    return Floor(split, len(fake), against.count, {name: float(value) for name, value in found.items()})
+
+
+def _test_images(data) -> tuple[str, datasets.ImageSource] | None:
+    for split in TEST_SPLITS:
+        try:
+            return split, datasets.image_source(data, split)
+        except InputError:
+            continue
+    return None
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
 
 
-def sample_quality(
-    sampler: Sampler, params: Any, count: int, batch_size: int, *, real: DataFeatures, centered: bool
-) -> tuple[dict[str, float | int], Float[np.ndarray, "n h w c"]]:
-    """Distances between `count` samples and the data, and what the samples cost.
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What is kept of samples: features and logits of all, the first of them as images, and what they cost."""
+
+    features: Float[np.ndarray, "n d"]
+    logits: Float[np.ndarray, "n classes"]
+    images: UInt8[np.ndarray, "m h w c"]
+    cost: Cost
+
+
+def draw_samples(
+    sampler: Sampler,
+    params: Any,
+    count: int,
+    batch_size: int,
+    *,
+    network: FeatureNetwork,
+    centered: bool,
+    kept_images: int = SHOWN_IMAGES,
+) -> Samples:
+    """The features of exactly `count` samples, each once, made by all hosts together and the same on all of them.
+
+    Samples are rounded to the 256 levels of a saved image. They stay on the devices; features leave them, and the first
+    `kept_images` images.
 
     Args:
-      real: the feature network and its features of the data set.
+      batch_size: over the devices of all hosts.
       centered: whether the sampler's images are in [-1, 1] rather than [0, 1].
-
-    Returns:
-      The numbers by name, and the first batch of the samples, in [0, 1].
 
     Raises:
       InputError: the solver could not reach its tolerance.
     """
-    cost, features, logits = Cost(), [], []
-    shown: Any = None
-    for x in sampler.samples(params, count, batch_size, cost):
-        unit = datasets.unscale(x, centered)
-        shown = unit if shown is None else shown
-        batch_features, batch_logits = real.network.features_and_logits((255 * unit + 0.5).astype(np.uint8))
-        features.append(batch_features)
-        logits.append(batch_logits)
-    name = real.network.name
-    distances = feature_distances(name, real.features, np.concatenate(features))
-    score = {f"is{_suffix(name)}": inception_score(np.concatenate(logits))}
-    return {**distances, **score, **cost.summary()}, shown
+    cost, images = Cost(), []
+    arrays: tuple[np.ndarray, ...] = ()
+    for first, x in sampler.device_samples(params, count, batch_size, cost):
+        levels = _levels_program(centered)(x)
+        found = parallel.gather(network.measure(levels))
+        arrays = arrays or tuple(np.empty((count, part.shape[1]), np.float32) for part in found)
+        for array, part in zip(arrays, found, strict=True):
+            array[first : first + len(part)] = part[: count - first]
+        if first < kept_images:
+            images.append(parallel.gather(np.asarray(levels).reshape(-1, *sampler.image_shape)))
+    return Samples(*arrays, np.concatenate(images)[: min(kept_images, count)], cost)
+
+
+@functools.cache
+def _levels_program(centered: bool):
+    return parallel.map_devices(functools.partial(datasets.levels, centered=centered))
+
+
+def sample_quality(
+    sampler: Sampler, params: Any, count: int, batch_size: int, *, real: RealData, centered: bool
+) -> tuple[dict[str, float | int], Float[np.ndarray, "n h w c"]]:
+    """Distances between `count` samples and the data, and what the samples cost; as `draw_samples`.
+
+    Args:
+      real: what the samples are compared with.
+
+    Returns:
+      The numbers by name, and SHOWN_IMAGES of the samples, in [0, 1].
+
+    Raises:
+      InputError: the solver could not reach its tolerance.
+    """
+    samples = draw_samples(sampler, params, count, batch_size, network=real.network, centered=centered)
+    return _quality(real, samples), samples.images / np.float32(255)
+
+
+def _quality(real: RealData, samples: Samples) -> dict[str, float | int]:
+    score = {f"is{_suffix(real.network)}": inception_score(samples.logits)}
+    return {**feature_distances(real, samples.features), **score, **samples.cost.summary()}
+
+
+def _precision_recall(real: RealData, samples: Samples, count: int) -> dict[str, float]:
+    """Precision and recall of at most `count` samples and as many images; nothing for 0."""
+    if not count or real.features is None or min(len(real.features), len(samples.features)) <= real_data.NEIGHBOURS:
+        return {}
+    images, radii = real.neighbourhood(count)
+    fake = samples.features[real_data.spread(len(samples.features), count)]
+    found = precision_recall(images, fake, real_data.NEIGHBOURS, real_radii=radii)
+    return {f"{name}{_suffix(real.network)}": value for name, value in zip(("precision", "recall"), found, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """Distances of samples to the data set's images nearest to them, and the numbers of these."""
+
+    distances: Float[np.ndarray, "n"]
+    images: Int[np.ndarray, "n"]
+
+
+def _nearest(real: RealData, samples: Samples, count: int) -> dict[str, Nearest]:
+    """{'features': ..., 'pixels': ...} of the first `count` samples, of those that can be compared."""
+    found = {}
+    if count and real.features is not None:
+        found["features"] = Nearest(*distances.nearest(samples.features[:count], distances.blocks(real.features)))
+    if count and real.images is not None:
+        flat = samples.images[:count].reshape(-1, math.prod(samples.images.shape[1:]))
+        rows, numbers = distances.nearest(flat, distances.blocks(real.images.reshape(-1, flat.shape[1])))
+        found["pixels"] = Nearest(rows / (255 * math.sqrt(flat.shape[1])), numbers)
+    return found
+
+
+def _nearest_metrics(real: RealData, found: dict[str, Nearest]) -> dict[str, float]:
+    """Means over the samples, and the smallest: in pixels an RMS from 0 to 1."""
+    names = {"features": f"nearest_features{_suffix(real.network)}", "pixels": "nearest_pixels"}
+    means = {names[kind]: float(nearest.distances.mean()) for kind, nearest in found.items()}
+    return means | {f"{names[kind]}_min": float(nearest.distances.min()) for kind, nearest in found.items()}
+
+
+def _draw_nearest(path: epath.Path, real: RealData, samples: Samples, found: dict[str, Nearest]) -> None:
+    """Draws the samples that are closest to images of the data set beside these."""
+    if real.images is None or not found:
+        return
+    order = np.argsort(found["pixels"].distances)[:SHOWN_PAIRS]
+    rows = {"sample": samples.images[order]}
+    for kind, nearest in found.items():
+        rows[f"nearest in {kind}"] = real.images[nearest.images[order]]
+    figures.draw_rows(path, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +305,11 @@ def trajectory_metrics(
 
     name = f"straightness over {' '.join(f'{b:.9g}' for b in boundaries)}"  # they are part of the program
     per_device = sampler.trajectories_per_device(min(batch_size, count))
-    batches = [jax.device_get(r) for _, r, _ in sampler.map_noises(name, measure, params, count, per_device)]
+    runs = sampler.map_noises(name, measure, params, count, per_device)
+    batches = [parallel.gather(jax.device_get(curves)) for _, curves, _ in runs]
     # Every batch and device has the same number of noises, so means of means are means.
     mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
-    check_finite(mean.total, sampler)
+    check_finite(np.isfinite(mean.total), sampler)
     return TrajectoryMetrics(
         straightness=float(mean.total),
         sequential_straightness=float(mean.sequential),
@@ -202,11 +355,14 @@ class Protocol:
     Attributes:
       num_samples: behind the distances to the data.
       straightness_samples: noises behind straightness, truncation error and the distance to the teacher.
-      batch_size: over all local devices.
+      batch_size: over the devices of all hosts.
       boundaries: [k + 1] in t, of the segments that sequential straightness is measured over.
       centered: whether images are in [-1, 1] rather than [0, 1].
       time_grid: of the fixed grid: 'uniform', or 'adaptive' to the weights.
       save_trajectory: whether to keep one batch's trajectory and its picture.
+      precision_recall_samples: at most so many samples and images behind precision and recall; 0: not measured.
+      nearest_samples: samples whose nearest training images are searched; 0: none.
+      floor: of the distances, where it is known.
     """
 
     num_samples: int
@@ -216,17 +372,22 @@ class Protocol:
     centered: bool
     time_grid: str = "uniform"
     save_trajectory: bool = False
+    precision_recall_samples: int = 0
+    nearest_samples: int = 0
+    floor: Floor | None = None
 
 
 def evaluate_checkpoint(
     sampler: Sampler,
     params: Any,
     protocol: Protocol,
-    real: DataFeatures,
+    real: RealData,
     folder: epath.Path,
     references: dict[str, Callable[[], list[Float[np.ndarray, "_ h w c"]]]],
 ) -> dict[str, float | int]:
     """The numbers of one checkpoint by their names in metrics.json; pictures and curves go into `folder`.
+
+    All hosts measure together and return the same; the first one draws.
 
     Args:
       references: `reference_samples` of straightness_samples noises, by the name of the distance to them:
@@ -239,20 +400,40 @@ def evaluate_checkpoint(
     count, batch_size = protocol.straightness_samples, protocol.batch_size
     metrics = trajectory_metrics(sampler, params, protocol.boundaries, count, batch_size)
     errors = {name: rms_to_reference(sampler, params, exact(), batch_size) for name, exact in references.items()}
-    quality, images = sample_quality(
-        sampler, params, protocol.num_samples, batch_size, real=real, centered=protocol.centered
+    samples = draw_samples(
+        sampler,
+        params,
+        protocol.num_samples,
+        batch_size,
+        network=real.network,
+        centered=protocol.centered,
+        kept_images=max(SHOWN_IMAGES, protocol.nearest_samples),
     )
-    figures.draw_images(folder / "samples.png", images[:SHOWN_IMAGES])
-    _keep_straightness(metrics, protocol.boundaries, folder)
-    if protocol.save_trajectory:
-        ts, xs = sampler.trajectory(params, min(batch_size, SHOWN_IMAGES))
-        utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
-        figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, protocol.centered))
+    nearest = _nearest(real, samples, protocol.nearest_samples)
+    if parallel.is_first_host():
+        figures.draw_images(folder / "samples.png", samples.images[:SHOWN_IMAGES] / np.float32(255))
+        _draw_nearest(folder / "nearest.png", real, samples, nearest)
+        _keep_straightness(metrics, protocol.boundaries, folder)
+        if protocol.save_trajectory:
+            _keep_trajectory(sampler, params, protocol, folder)
     straightness = {
         "straightness": metrics.straightness,
         "sequential_straightness": metrics.sequential_straightness,
     }
-    return {**quality, **straightness, **errors}
+    return {
+        **_quality(real, samples),
+        **straightness,
+        **errors,
+        **_precision_recall(real, samples, protocol.precision_recall_samples),
+        **_nearest_metrics(real, nearest),
+        **(protocol.floor.metrics() if protocol.floor else {}),
+    }
+
+
+def _keep_trajectory(sampler: Sampler, params: Any, protocol: Protocol, folder: epath.Path) -> None:
+    ts, xs = sampler.trajectory(params, min(protocol.batch_size, SHOWN_IMAGES))
+    utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
+    figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, protocol.centered))
 
 
 def _keep_straightness(metrics: TrajectoryMetrics, boundaries, folder: epath.Path) -> None:
@@ -286,7 +467,7 @@ def mark_best(folder: epath.Path, step: int) -> None:
 
 
 def settings(
-    sampler: Sampler, params: Any, protocol: Protocol, real: DataFeatures, *, sampling: dict[str, Any], data: str
+    sampler: Sampler, params: Any, protocol: Protocol, real: RealData, *, sampling: dict[str, Any], data: str
 ) -> dict[str, Any]:
     """What the numbers of a checkpoint depend on: with equal settings another evaluation gives the same.
 
@@ -304,8 +485,12 @@ def settings(
         "save_trajectory": protocol.save_trajectory,
         "seed": sampler.seed,
         "network": f"{real.network.name} {real.network.identity}",
+        "reference": real.identity,
+        "precision_recall_samples": protocol.precision_recall_samples,
+        "nearest_samples": protocol.nearest_samples,
+        "floor": protocol.floor and f"{protocol.floor.images}, {protocol.floor.samples} images",
         "data": data,
         # The adaptive solver shares its steps over a device's batch.
         "batch_size": protocol.batch_size,
-        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

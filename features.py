@@ -1,13 +1,10 @@
-"""Feature networks, Inception and classifiers of labelled sets, and cached features of the data."""
+"""Feature networks, the classifiers of labelled sets among them, and the files in which results are cached."""
 
 import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
-import tempfile
-import threading
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -23,16 +20,13 @@ from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 import datasets
-from runtime import tensorflow_on_cpu
-from utils import InputError, write_arrays
+import parallel
+from utils import write_arrays
 
 logger = logging.getLogger("seqrf")
 
-MAX_REAL = 200_000  # real images that are compared with; 2048 features of each are 1.6 GB
+TEST_BATCH = 500  # images in a batch when a classifier is tested
 DIGITS_TRAINED_ON = 1500  # the classifier is tested on the other 297
-INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
-INCEPTION_SIZE = 299  # pixels; this and the handle are TF-GAN's, whose import would take seconds
-HUB_SECONDS = 8  # to wait for TF-Hub's answer before saying that it cannot be reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,70 +36,44 @@ class FeatureNetwork:
     Attributes:
       name: 'inception', 'digits_classifier' or '<set>_<size>_classifier'.
       identity: everything that its features depend on, for the keys of caches and the record in metrics.json.
-      features_and_logits: uint8 images [n, h, w, c] to float32 ([n, d], [n, classes]), as NumPy arrays.
+      features_and_logits: uint8 images [n, h, w, c], any number of them, to float32 ([n, d], [n, classes]), as NumPy
+        arrays.
+      on_devices: the same for images [local devices, n, h, w, c] that are on the devices, the results there too:
+        ([devices, n, d], [devices, n, classes]). None: the network runs on the host.
+      preprocessing: what it does with the levels 0 to 255, for records.
     """
 
     name: str
     identity: str
     features_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    on_devices: Callable[[Any], tuple[Any, Any]] | None = None
+    preprocessing: str = "unknown"
+
+    def measure(self, images: UInt8[Array | np.ndarray, "devices n h w c"]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [devices * n, d] and logits [devices * n, classes]; only they leave the devices, where they can."""
+        if self.on_devices is None:
+            return self.features_and_logits(np.asarray(images).reshape(-1, *images.shape[2:]))
+        features, logits = (np.asarray(x) for x in self.on_devices(images))
+        return features.reshape(-1, features.shape[-1]), logits.reshape(-1, logits.shape[-1])
 
 
-def feature_network(
-    data: ml_collections.ConfigDict, inception_path: str, cache_dir: epath.PathLike | None = None
-) -> FeatureNetwork:
-    """The network whose features samples of `config.data` are compared in.
-
-    Inception for photographs; for grey images a classifier of the set's own labels.
+def device_network(name: str, identity: str, apply: Callable, preprocessing: str) -> FeatureNetwork:
+    """A feature network that runs on all local devices.
 
     Args:
-      data: `config.data`.
-      inception_path: folder of a SavedModel of Inception; 'none' for TF-GAN's handle on TF-Hub.
-      cache_dir: where a trained classifier is kept; None for `cache_folder()`.
-
-    Raises:
-      InputError: Inception is not available, or not valid, within seconds; or as `label_classifier`.
+      apply: uint8 images [n, h, w, c] to float32 ([n, d], [n, classes]); a JAX function.
     """
-    return label_classifier(data, cache_dir) if data.num_channels == 1 else inception(inception_path)
+    program = parallel.map_devices(apply)
 
+    def features_and_logits(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        devices = jax.local_device_count()
+        padding = [(0, -len(images) % devices)] + [(0, 0)] * (images.ndim - 1)
+        stacked = np.pad(images, padding).reshape(devices, -1, *images.shape[1:])
+        features, logits = network.measure(stacked)
+        return features[: len(images)], logits[: len(images)]
 
-def real_features(
-    network: FeatureNetwork, source: datasets.ImageSource, batch_size: int, cache_dir: epath.PathLike | None = None
-) -> Float[np.ndarray, "n d"]:
-    """The features of the data set's images, the first `MAX_REAL` if it has more; computed once, then read from disk.
-
-    Raises:
-      InputError: the data set cannot be read.
-    """
-
-    def compute():
-        count = min(source.size, MAX_REAL)
-        starts = tqdm.tqdm(range(0, count, batch_size), f"{network.name} features of {source.name}", disable=None)
-        batches = (source.read(start, min(batch_size, count - start)) for start in starts)
-        return {"features": np.concatenate([network.features_and_logits(images)[0] for images in batches])}
-
-    key = _key(network.identity, source.identity, MAX_REAL)
-    return _cached(_folder(cache_dir) / f"features_{network.name}_{key}.npz", compute)["features"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataFeatures:
-    """A feature network and its features [n, d] of a data set's images, which samples are compared with."""
-
-    network: FeatureNetwork
-    features: Float[np.ndarray, "n d"]
-
-
-def data_features(
-    data: ml_collections.ConfigDict, inception_path: str, batch_size: int, cache_dir: epath.PathLike | None = None
-) -> DataFeatures:
-    """The feature network of `config.data` and its features of the training images.
-
-    Raises:
-      InputError: as `feature_network` and `datasets.image_source`, before any feature is computed.
-    """
-    network = feature_network(data, inception_path, cache_dir)
-    source = datasets.image_source(data)
-    return DataFeatures(network, real_features(network, source, batch_size, cache_dir))
+    network = FeatureNetwork(name, identity, features_and_logits, program, preprocessing)
+    return network
 
 
 def cache_folder() -> epath.Path:
@@ -113,29 +81,47 @@ def cache_folder() -> epath.Path:
     return epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()
 
 
-def _folder(cache_dir) -> epath.Path:
-    return cache_folder() if cache_dir is None else epath.Path(cache_dir)
-
-
-def _key(*parts) -> str:
+def key(*parts: Any) -> str:
     """A short name for everything that decides what a cached file holds."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _cached(path: epath.Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in the npz file `path`; computed, and written there, if it is missing or damaged."""
-    if path.exists():
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
-        except Exception as error:  # a damaged header can make np.load raise nearly anything
-            logger.warning("%s is damaged (%s); computing it again", path, error)
+def cached(
+    name: str,
+    compute: Callable[[], dict[str, np.ndarray]],
+    cache_dir: epath.PathLike | None = None,
+    *,
+    shared: bool = False,
+) -> dict[str, np.ndarray]:
+    """The arrays in the npz file `name`; computed, and written there, if it is missing or damaged.
+
+    Args:
+      cache_dir: the file's folder; None for `cache_folder()`.
+      shared: all hosts call this and `compute` together: they compute unless every one of them has the file.
+    """
+    path = (cache_folder() if cache_dir is None else epath.Path(cache_dir)) / name
+    found = _read_arrays(path)
+    is_found = found is not None
+    if parallel.gather(np.array([is_found])).all() if shared else is_found:
+        return found
     computed: dict[str, Any] = compute()
     try:
         write_arrays(path, names=np.array(list(computed)), **computed)
     except OSError as error:
         logger.warning("%s cannot be written (%s); it will be computed again next time", path, error)
     return computed
+
+
+def _read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file that `cached` wrote; None where it is missing or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
+    except Exception as error:  # a damaged header can make np.load raise nearly anything
+        logger.warning("%s is damaged (%s); computing it again", path, error)
+        return None
 
 
 # ---- classifiers of labelled sets
@@ -189,7 +175,8 @@ class LabelledImages:
 def label_classifier(data: ml_collections.ConfigDict, cache_dir: epath.PathLike | None = None) -> FeatureNetwork:
     """The classifier of a labelled data set at its image size, trained on first use with a fixed seed and then cached.
 
-    It is trained and run on the CPU, whatever JAX's default device, so that figures of several machines compare.
+    It is trained on the CPU, whatever JAX's default device, and run in whole float32 precision, so that figures of
+    several machines compare.
 
     Args:
       data: `config.data`, which names the set.
@@ -201,36 +188,36 @@ def label_classifier(data: ml_collections.ConfigDict, cache_dir: epath.PathLike 
     is_digits = data.dataset == "digits"
     name = "digits_classifier" if is_digits else f"{data.dataset.lower()}_{data.image_size}_classifier"
     recipe, source = DIGITS_RECIPE if is_digits else RECIPE, datasets.image_source(data)
-    key = _key(name, recipe, source.identity, jax.__version__, flax.__version__, optax.__version__)
+    identity = key(name, recipe, source.identity, jax.__version__, flax.__version__, optax.__version__)
 
     def train_and_test():
         train, test = _shuffled_digits() if is_digits else _labelled_splits(data)
         logger.info("training %s on %d images", name, len(train.images))
         model = LabelClassifier(recipe.widths, recipe.features, int(train.labels.max()) + 1)
         params = train_classifier(model, train, recipe)
-        _, logits = _classifier_function(model, params)(test.images)
+        with on_cpu():
+            _, logits = in_batches(jax.jit(classifier_function(model, params)), test.images, TEST_BATCH)
         return flax.traverse_util.flatten_dict(params, sep="/") | {
             "test_accuracy": np.asarray(np.mean(logits.argmax(axis=1) == test.labels))
         }
 
-    arrays = _cached(_folder(cache_dir) / f"{name}_{key}.npz", train_and_test)
+    arrays = cached(f"{name}_{identity}.npz", train_and_test, cache_dir)
     accuracy = float(arrays.pop("test_accuracy"))
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     logger.info("feature network: %s, test accuracy %.4f", name, accuracy)
     model = LabelClassifier(recipe.widths, recipe.features, params["Dense_1"]["bias"].size)
-    return FeatureNetwork(name, f"{key}, test accuracy {accuracy:.4f}", _classifier_function(model, params))
+    identity = f"{identity}, test accuracy {accuracy:.4f}"
+    return device_network(name, identity, classifier_function(model, params), "divided by 255")
 
 
-def _classifier_function(model: LabelClassifier, params) -> Callable:
-    @jax.jit
+def classifier_function(model: LabelClassifier, params: Any) -> Callable:
+    """(uint8 images [n, h, w, c]) -> features and logits, for JAX programs, without an accelerator's short cuts."""
+
     def apply(images: jax.Array) -> Any:
-        return model.apply({"params": params}, images / jnp.float32(255))
+        with jax.default_matmul_precision("highest"):
+            return model.apply({"params": params}, images / jnp.float32(255))
 
-    def features_and_logits(images: UInt8[np.ndarray, "n h w c"]):
-        with _on_cpu():
-            return _in_batches(apply, images, 500)
-
-    return features_and_logits
+    return apply
 
 
 def _labelled_splits(data) -> tuple[LabelledImages, LabelledImages]:
@@ -263,7 +250,7 @@ def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: Class
         return optax.apply_updates(params, updates), state
 
     order = np.random.default_rng(0)
-    with _on_cpu():
+    with on_cpu():
         params = model.init(jax.random.key(0), jnp.asarray(data.images[:1] / np.float32(255)))["params"]
         state = optimizer.init(params)
         for _ in tqdm.trange(recipe.epochs, desc="training a classifier", unit="epoch", leave=False, disable=None):
@@ -272,7 +259,7 @@ def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: Class
     return jax.device_get(params)
 
 
-def _on_cpu():
+def on_cpu() -> contextlib.AbstractContextManager:
     """Makes JAX compute on the CPU inside the block, unless it was started without one (JAX_PLATFORMS)."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -280,7 +267,7 @@ def _on_cpu():
         return contextlib.nullcontext()
 
 
-def _in_batches(apply, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def in_batches(apply: Callable, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """A (features, logits) function of one batch size, applied to any number of images."""
     outputs = []
     for start in range(0, len(images), batch_size):
@@ -289,105 +276,3 @@ def _in_batches(apply, images: np.ndarray, batch_size: int) -> tuple[np.ndarray,
         outputs.append([np.asarray(x)[: len(batch)] for x in apply(np.pad(batch, padding))])
     features, logits = zip(*outputs, strict=True)
     return np.concatenate(features), np.concatenate(logits)
-
-
-# ---- Inception
-
-
-def inception(path: str) -> FeatureNetwork:
-    """TF-GAN's Inception: features [n, 2048] of its last pooling layer ('pool_3') and its logits.
-
-    Images are resized to 299 x 299 (bilinear) and scaled to [-1, 1], as TF-GAN's own examples do. It runs on the CPU.
-
-    Args:
-      path: folder of a SavedModel that maps images to {'logits', 'pool_3'}; 'none' for TF-GAN's handle on TF-Hub.
-
-    Raises:
-      InputError: the folder holds no such model, or TF-Hub cannot be reached.
-    """
-    folder = _inception_folder(path)
-    tf = tensorflow_on_cpu()
-    size = INCEPTION_SIZE
-    model = _loaded_inception(folder, size)
-
-    def apply(images: np.ndarray) -> Any:
-        pixels = tf.image.resize(tf.cast(images, tf.float32), (size, size))
-        outputs = model(pixels / 127.5 - 1)
-        return [tf.reshape(outputs[name], (len(images), -1)) for name in ("pool_3", "logits")]
-
-    def features_and_logits(images: UInt8[np.ndarray, "n height width 3"]):
-        return _in_batches(apply, images, 64)
-
-    return FeatureNetwork("inception", _key("inception", _digest(folder)), features_and_logits)
-
-
-def _inception_folder(path: str) -> epath.Path:
-    """The folder of the SavedModel: `path`, or TF-Hub's copy, downloaded if it is missing.
-
-    Raises:
-      InputError: neither exists.
-    """
-    if path != "none":
-        folder = epath.Path(path).expanduser()
-        if not (folder / "saved_model.pb").exists():
-            raise InputError(f"eval.inception_path = {path} holds no SavedModel (no file saved_model.pb)")
-        return folder
-    hub = epath.Path(os.environ.get("TFHUB_CACHE_DIR") or epath.Path(tempfile.gettempdir()) / "tfhub_modules")
-    cached = hub / hashlib.sha1(INCEPTION_HANDLE.encode()).hexdigest()
-    if (cached / "saved_model.pb").exists():
-        return cached
-    remedy = (
-        "give its folder as --config.eval.inception_path=FOLDER, with the files of "
-        "https://www.kaggle.com/models/tensorflow/inception, variation tfgan-eval-inception, unpacked in it"
-    )
-    if not _answers(f"{INCEPTION_HANDLE}?tf-hub-format=compressed", HUB_SECONDS):
-        raise InputError(f"the Inception network is not in {hub} and {INCEPTION_HANDLE} cannot be reached; {remedy}")
-    import tensorflow_hub
-
-    try:
-        return epath.Path(tensorflow_hub.resolve(INCEPTION_HANDLE))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{INCEPTION_HANDLE} cannot be downloaded ({error}); {remedy}") from error
-
-
-def _answers(url: str, seconds: float) -> bool:
-    """Whether `url` can be opened within `seconds`, name look-up included, which no socket timeout bounds."""
-    answered = threading.Event()
-
-    def ask():
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=seconds):
-            answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return answered.is_set()
-
-
-def _loaded_inception(folder: epath.Path, size: int):
-    """The model in `folder`, checked on an image of `size` x `size`.
-
-    Raises:
-      InputError: it cannot be loaded, or does not return features and logits.
-    """
-    tf = tensorflow_on_cpu()
-    import tensorflow_hub
-
-    try:
-        model = tensorflow_hub.load(str(folder))
-        outputs = model(tf.zeros([1, size, size, 3]))
-        missing = [name for name in ("pool_3", "logits") if name not in outputs]
-    except (OSError, TypeError, ValueError, tf.errors.OpError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the SavedModel in {folder} is not an Inception network: {reason}") from error
-    if missing:
-        raise InputError(f"the SavedModel in {folder} does not give {', '.join(missing)}")
-    return model
-
-
-def _digest(folder: epath.Path) -> str:
-    """A digest of a SavedModel's files."""
-    digest = hashlib.sha256()
-    for path in [folder / "saved_model.pb", *sorted((folder / "variables").glob("*"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -71,6 +71,18 @@ def draw_animation(path: epath.PathLike, frames: Float[np.ndarray, "frames n h w
         )
 
 
+def draw_rows(path: epath.PathLike, rows: dict[str, UInt8[np.ndarray, "n h w c"]]) -> None:
+    """A row of images for each name, such as samples and, below them, the training images nearest to them."""
+    figure, axes = _figure(rows=len(rows), size=(8, 0.8 * len(rows) + 0.2))
+    for ax, (name, images) in zip(np.atleast_1d(axes), rows.items(), strict=True):
+        padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
+        strip = np.concatenate(list(padded), axis=1)
+        ax.imshow(np.repeat(strip, 3, axis=-1) if strip.shape[-1] == 1 else strip)
+        ax.set_title(name, fontsize=8, loc="left")
+        ax.set_axis_off()
+    _save(figure, path)
+
+
 def draw_straightness(
     path: epath.PathLike,
     ts: Float[np.ndarray, "n"],

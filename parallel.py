@@ -113,6 +113,11 @@ def gather(rows: Any) -> Any:
     return multihost_utils.process_allgather(rows, tiled=True)
 
 
+def agreed(answer: bool) -> bool:
+    """The first host's answer, on every host; all hosts must call."""
+    return bool(gather(np.array([answer]))[0])
+
+
 def sync(name: str) -> None:
     """Waits until every host has reached the point of this name; all hosts must call. Nothing for one process."""
     if jax.process_count() > 1:

@@ -28,6 +28,7 @@ import losses
 import models
 import parallel
 import provenance
+import real_data
 import reflow
 import runtime
 import sample_files
@@ -158,7 +159,7 @@ class _Run:
       metadata: saved beside every checkpoint.
       saved: the checkpoints.
       tracker: of losses, metrics and pictures.
-      real: the features that snapshots are compared with; None where they are not measured.
+      real: what snapshots are compared with; None where they are not measured.
     """
 
     config: Config
@@ -168,7 +169,7 @@ class _Run:
     metadata: dict[str, Any]
     saved: checkpoints.RunCheckpoints
     tracker: tracking.Tracker
-    real: features.DataFeatures | None
+    real: real_data.RealData | None
 
 
 def _train_stage(config, workdir, stage: Stage, log_name: str):
@@ -184,7 +185,7 @@ def _train_stage(config, workdir, stage: Stage, log_name: str):
             logger.info("%s has its %d updates already", folder, start)
             return
         saved.check_room(state)
-        real = _data_features(config) if _measures_snapshots(config) else None
+        real = real_data_of(config) if _measures_snapshots(config) else None
         tracker = _tracker(config, folder, workdir, f"{log_name}-{stage.folder}", resume_step=start)
         with contextlib.closing(tracker):
             sampler = _sampler(config, model, data.boundaries)
@@ -325,12 +326,8 @@ def _save_snapshot(run: _Run, state: losses.TrainState):
     _draw_snapshot(run, state)
 
 
-def _draws_snapshots(config) -> bool:
-    return parallel.is_first_host() and config.training.snapshot_sampling
-
-
 def _measures_snapshots(config) -> bool:
-    return _draws_snapshots(config) and config.training.snapshot_fid_sample > 0
+    return config.training.snapshot_sampling and config.training.snapshot_fid_sample > 0
 
 
 def _picture_of(folder: epath.Path, step: int) -> epath.Path:
@@ -338,13 +335,13 @@ def _picture_of(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _is_drawn(config, folder: epath.Path, step: int) -> bool:
-    return not _draws_snapshots(config) or _picture_of(folder, step).exists()
+    return parallel.agreed(not config.training.snapshot_sampling or _picture_of(folder, step).exists())
 
 
 def _draw_snapshot(run: _Run, state: losses.TrainState):
-    """Measures and draws a snapshot; the picture comes last, as the mark of a finished one."""
+    """Measures and draws a snapshot on all hosts; the picture comes last, as the mark of a finished one."""
     config, step = run.config, int(state.step)
-    if not _draws_snapshots(config):
+    if not config.training.snapshot_sampling:
         return
     params, centered = state.ema_params, config.data.centered
     sampler = run.sampler.with_time_grid(params, config.sampling.time_grid)
@@ -355,7 +352,8 @@ def _draw_snapshot(run: _Run, state: losses.TrainState):
         run.tracker.flush()
     else:
         images = datasets.unscale(next(sampler.samples(params, SHOWN_IMAGES, SHOWN_IMAGES)), centered)
-    figures.draw_images(_picture_of(run.folder, step), images[:SHOWN_IMAGES])
+    if parallel.is_first_host():
+        figures.draw_images(_picture_of(run.folder, step), images)
     run.tracker.picture(step, "samples", _picture_of(run.folder, step))
 
 
@@ -403,8 +401,16 @@ def _sampler_options(config) -> dict[str, Any]:
     return {"method": "ode", "tol": settings.tol, "solver": settings.solver, "error_norm": settings.error_norm}
 
 
-def _data_features(config) -> features.DataFeatures:
-    return features.data_features(config.data, config.eval.inception_path, config.eval.batch_size)
+def real_data_of(config: Config) -> real_data.RealData:
+    """What an evaluation with this configuration compares samples with. Errors as `real_data.of_config`."""
+    settings = config.eval
+    options = real_data.Options(
+        inception_path=settings.inception_path,
+        feature_backend=settings.feature_backend,
+        file=settings.reference,
+        max_real=settings.max_real,
+    )
+    return real_data.of_config(config.data, options, settings.batch_size)
 
 
 def _tracker(config, folder, workdir, name: str, **options) -> tracking.Tracker:
@@ -549,7 +555,7 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
 
     With several samplers (`eval.samplers`) each has a folder `<eval_folder>_<sampler>` in its place. A checkpoint that
     was measured with the same settings is not measured again. `best.json` names the step of the lowest FID. Several
-    hosts all measure the same.
+    hosts share the samples, and the first one writes.
 
     Raises:
       InputError: no checkpoint, no data, no feature network; a setting that cannot work.
@@ -565,7 +571,7 @@ def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_n
     model = models.create_model(config)
     sampler_over = functools.cache(lambda *boundaries: _sampler(config, model, boundaries))  # each compiled once
     teacher, judged_by = _teacher(config, workdir, sampler_over)
-    real = _data_features(config)
+    real = real_data_of(config)
     name = stage.model_name.format(k=config.training.reflow_t)
     parts = _measurements(config, workdir, eval_folder, log_name)
     with contextlib.closing(parts[0].tracker):
@@ -626,11 +632,11 @@ def _teacher(config, workdir, sampler_over: Callable[..., Sampler]) -> tuple[str
     return checkpoints.fingerprint(params), {"rms_to_teacher": reference}
 
 
-def _measure(part: _Measurement, checkpoint: _Measured, real: features.DataFeatures) -> None:
+def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData) -> None:
     """Writes the numbers of a checkpoint to `<folder>/step_<step>/metrics.json`, unless they are there already."""
     config, folder = part.config, part.folder / f"step_{checkpoint.step}"
     sampler = dataclasses.replace(checkpoint.sampler, options=_sampler_options(config))
-    params, protocol = checkpoint.params, _protocol(config, sampler)
+    params, protocol = checkpoint.params, _protocol(config, sampler, real)
     settings = evaluation.settings(
         sampler,
         params,
@@ -641,7 +647,7 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: features.DataFeatu
     )
     if checkpoint.teacher:
         settings["teacher"] = checkpoint.teacher
-    if utils.read_json(folder / "metrics.json", {}).get("settings") == settings:
+    if parallel.agreed(utils.read_json(folder / "metrics.json", {}).get("settings") == settings):
         logger.info("%s is measured already", folder)
         return
     began = time.perf_counter()
@@ -658,7 +664,8 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: features.DataFeatu
         "images_per_second": 1000 / values["seconds_per_1000"],
     }
     named = {"step": checkpoint.step, "model": checkpoint.model_name, "sampler": sampler.name}
-    utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
+    if parallel.is_first_host():
+        utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
     part.tracker.log(checkpoint.step, values)
     _log_pictures(part.tracker, checkpoint.step, folder)
     part.tracker.record(record)
@@ -673,7 +680,7 @@ def _pair_sets(workdir, source: sources.CheckpointRef) -> dict[str, str]:
     return provenance.file_hashes(workdir / folder / pairmanifest.MANIFEST for folder in folders)
 
 
-def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
+def _protocol(config, sampler: Sampler, real: real_data.RealData) -> evaluation.Protocol:
     # The sequential straightness of a 1-RF is measured over the segments that it would be cut into.
     is_segmented = config.model.rf_phase == 2
     return evaluation.Protocol(
@@ -684,6 +691,11 @@ def _protocol(config, sampler: Sampler) -> evaluation.Protocol:
         centered=config.data.centered,
         time_grid=config.sampling.time_grid,
         save_trajectory=config.eval.save_trajectory,
+        precision_recall_samples=config.eval.precision_recall_samples,
+        nearest_samples=config.eval.nearest_samples,
+        floor=evaluation.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
+        if config.eval.floor
+        else None,
     )
 
 

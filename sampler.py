@@ -1,4 +1,4 @@
-"""A network with segments and a sampler: samples, trajectories and fine trajectories, on all local devices."""
+"""A network with segments and a sampler: samples, trajectories and fine trajectories, on all devices of all hosts."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
@@ -47,13 +48,14 @@ class Cost:
         self.nfe_each.append(np.asarray(samples.nfe_each).ravel())
 
     def summary(self) -> dict[str, float | int]:
-        """Mean NFE of a batch, mean and maximum NFE of an image, seconds for 1000 samples."""
-        each = np.concatenate(self.nfe_each)
+        """Mean NFE of a batch, mean and maximum NFE of an image, seconds for 1000 samples; of all hosts together."""
+        nfe, each = (parallel.gather(np.concatenate(x).astype(np.float32)) for x in (self.nfe, self.nfe_each))
+        images, seconds = parallel.gather(np.float32([[self.images, self.seconds]])).T
         return {
-            "nfe": float(np.mean(self.nfe)),
-            "nfe_mean": float(each.mean()),
+            "nfe": float(np.mean(nfe, dtype=np.float64)),
+            "nfe_mean": float(np.mean(each, dtype=np.float64)),
             "nfe_max": int(each.max()),
-            "seconds_per_1000": 1000 * self.seconds / self.images,
+            "seconds_per_1000": 1000 * float(seconds.max() / images.sum()),
         }
 
 
@@ -105,9 +107,9 @@ class Sampler:
         return sampling.solve(models.velocity_fn(self.model, params), noise, self.boundaries, **options)
 
     def map_noises(
-        self, name: str, function: Callable, params: Any, count: int, per_device: int
+        self, name: str, function: Callable, params: Any, count: int, per_device: int, *, all_hosts: bool = True
     ) -> Iterator[tuple[int, Any, float]]:
-        """Maps a function over the first `count` noises in batches of `per_device` on each local device.
+        """Maps a function over the first `count` noises in batches of `per_device` on each device.
 
         Compiled once for all weights, time grids and seeds, before the first batch.
 
@@ -115,13 +117,16 @@ class Sampler:
           name: of the program, for the progress bar and the cache of programs.
           function: (sampler, params, indices [per_device]) -> a tree of arrays.
           count: noises; the last batch is whole all the same.
+          all_hosts: the hosts share every batch, in their order; else this host's devices do it alone.
 
         Returns:
-          An iterator of (index of the batch's first noise, results [devices, ...], seconds).
+          An iterator of (index of the batch's first noise, results [local devices, ...], seconds).
         """
         devices = jax.local_device_count()
+        host = parallel.this_host() if all_hosts else parallel.Host(0, 1, devices)
         arguments = parallel.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
-        indices = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
+        share = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
+        indices = share + host.index * share.size
 
         def on_device(arguments: Any, indices: Array) -> Any:
             params, time_grid, seed = arguments
@@ -131,7 +136,7 @@ class Sampler:
         if key not in self._programs:
             program: Any = parallel.map_devices(on_device)
             self._programs[key] = program.lower(arguments, indices).compile()
-        starts = range(0, count, indices.size)
+        starts = range(0, count, host.count * share.size)
 
         def batches():
             for first in tqdm.tqdm(starts, desc=name, unit="batch", leave=False, disable=None):
@@ -143,7 +148,7 @@ class Sampler:
 
         return batches()
 
-    def samples(
+    def device_samples(
         self,
         params: Any,
         count: int,
@@ -152,28 +157,40 @@ class Sampler:
         *,
         name: str = "sampling",
         noise: Callable | None = None,
-    ) -> Iterator[Float[np.ndarray, "b h w c"]]:
-        """Yields `count` samples in batches of `batch_size` over all local devices, in the data's scaled range.
+    ) -> Iterator[tuple[int, Float[Array, "devices b h w c"]]]:
+        """Yields the first noise's index of every batch and this host's samples of it, on its devices.
+
+        All batches are whole, so that the last one has samples beyond `count`. `cost` counts NFE and seconds,
+        compilation excluded.
 
         Args:
+          batch_size: over the devices of all hosts.
           name, noise: (sampler, indices) -> the noises to solve from, and a name for it; default: `Sampler.noise`.
-
-        `cost` counts NFE and seconds, compilation excluded.
 
         Raises:
           InputError: the solver could not reach its tolerance.
         """
 
         def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
-            return sampler.solve(params, (noise or Sampler.noise)(sampler, indices))
+            solved = sampler.solve(params, (noise or Sampler.noise)(sampler, indices))
+            return solved, jnp.isfinite(solved.x).all()
 
-        per_device = _images_per_device(min(batch_size, count))
-        for first, solved, seconds in self.map_noises(name, solve, params, count, per_device):
-            x = np.asarray(solved.x).reshape(-1, *self.image_shape)
+        per_device = _images_per_device(min(batch_size, count), jax.device_count())
+        for first, (solved, is_finite), seconds in self.map_noises(name, solve, params, count, per_device):
             if cost is not None:
-                cost.add(solved, len(x), seconds)
-            check_finite(x, self)
-            yield x[: count - first]
+                cost.add(solved, jax.local_device_count() * per_device, seconds)
+            check_finite(is_finite, self)
+            yield first, solved.x
+
+    def samples(
+        self, params: Any, count: int, batch_size: int, cost: Cost | None = None, **noises: Any
+    ) -> Iterator[Float[np.ndarray, "b h w c"]]:
+        """Yields exactly `count` samples in the data's scaled range, in batches, all of them on every host.
+
+        Arguments and errors as `device_samples`; the samples of all hosts are gathered, so all must call.
+        """
+        for first, x in self.device_samples(params, count, batch_size, cost, **noises):
+            yield parallel.gather(np.asarray(x).reshape(-1, *self.image_shape))[: count - first]
 
     def trajectory(self, params: Any, count: int) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n images h w c"]]:
         """Times [n] and states [n, images, H, W, C] of the trajectories of the first noises.
@@ -185,21 +202,23 @@ class Sampler:
             solved = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
             return solved.ts, solved.xs
 
-        per_device = self.trajectories_per_device(count)
-        _, results, _ = next(self.map_noises("trajectory", solve, params, 1, per_device))
+        per_device = self.trajectories_per_device(count, all_hosts=False)
+        _, results, _ = next(self.map_noises("trajectory", solve, params, 1, per_device, all_hosts=False))
         ts, xs = jax.device_get(results)
         return ts[0], np.concatenate(xs, axis=1)[:, :count]
 
-    def trajectories_per_device(self, count: int, states: int | None = None) -> int:
+    def trajectories_per_device(self, count: int, states: int | None = None, *, all_hosts: bool = True) -> int:
         """Images of each device for a batch of `count`, or as many, at least one, as there is memory for.
 
         Args:
           states: saved of each image; None: those of a solve with `save_trajectory`.
+          all_hosts: whether the devices of all hosts share the batch.
         """
         if states is None:
             states = max(sampling.TRAJECTORY_POINTS, self.options.get("num_scales") or 0) + len(self.boundaries)
         room = min(TRAJECTORY_BYTES, sampling.trajectory_memory())
-        return max(1, min(_images_per_device(count), room // (4 * states * math.prod(self.image_shape))))
+        devices = jax.device_count() if all_hosts else jax.local_device_count()
+        return max(1, min(_images_per_device(count, devices), room // (4 * states * math.prod(self.image_shape))))
 
     def fine_distances(self, params: Any, batch_size: int = 16) -> Float[np.ndarray, "m m"]:
         """Squared distances between the states of the fine trajectories, from which `adaptive` finds boundaries.
@@ -212,8 +231,9 @@ class Sampler:
             velocity = models.velocity_fn(sampler.model, params)
             return adaptive.fine_trajectory(velocity, sampler.noise(indices), sampler.boundaries)
 
-        per_device = self.trajectories_per_device(batch_size, states=segments.FINE_STEPS + len(self.boundaries))
-        batches = self.map_noises("fine trajectories", solve, params, FINE_NOISES, per_device)
+        states = segments.FINE_STEPS + len(self.boundaries)
+        per_device = self.trajectories_per_device(batch_size, states, all_hosts=False)
+        batches = self.map_noises("fine trajectories", solve, params, FINE_NOISES, per_device, all_hosts=False)
         # Exactly FINE_NOISES, so that neither memory nor the number of devices changes the result.
         return adaptive.squared_distances(
             xs[:, : FINE_NOISES - start]
@@ -236,9 +256,9 @@ class Sampler:
         return dataclasses.replace(self, time_grid=times)
 
 
-def check_finite(values: Any, sampler: Sampler) -> None:
-    """Raises InputError if `values`, computed by `sampler`, are not all finite."""
-    if not np.isfinite(values).all():
+def check_finite(is_finite: Any, sampler: Sampler) -> None:
+    """Raises InputError unless all of `is_finite` is true, of values that `sampler` computed."""
+    if not np.all(is_finite):
         raise InputError(
             f"samples are not finite with {sampler.options}: the tolerance is out of reach, or the weights are damaged "
             "(NaN); raise sampling.tol, or use a checkpoint that was trained longer"
@@ -363,5 +383,5 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
     return TrainedSampler(network, weights.ema_params, config.data.centered, int(batch_size))
 
 
-def _images_per_device(count: int) -> int:
-    return -(-count // jax.local_device_count())
+def _images_per_device(count: int, devices: int) -> int:
+    return -(-count // devices)

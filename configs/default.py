@@ -112,7 +112,7 @@ def get_default_config() -> ml_collections.ConfigDict:
 
     config.eval = evaluate = ml_collections.ConfigDict()
     evaluate.reflow_mode = "eval_reflow"  # eval_reflow | eval_distill, when rf_phase is 2
-    evaluate.batch_size = 1_024  # over all local devices
+    evaluate.batch_size = 1_024  # over all hosts and devices
     evaluate.num_samples = 50_000
     evaluate.begin_step = 0  # the checkpoints from this step ...
     evaluate.end_step = 1_000_000_000  # ... to this one ...
@@ -124,6 +124,12 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.save_trajectory = False  # keep one batch's trajectory and its times
     evaluate.straightness_samples = 1_024  # noises behind straightness and truncation error
     evaluate.inception_path = "none"  # a SavedModel folder; 'none': TF-GAN's handle on TF-Hub
+    evaluate.feature_backend = "auto"  # what runs Inception: tensorflow (CPU) | jax (all devices) | auto
+    evaluate.reference = "none"  # an npz file of reference statistics; 'none': made from the training images, cached
+    evaluate.max_real = 0  # training images behind those; 0: all
+    evaluate.precision_recall_samples = 10_000  # at most so many samples and images, time grows as n^2; 0: none
+    evaluate.nearest_samples = 1_000  # samples whose nearest training images are searched; 0: none
+    evaluate.floor = True  # also give the distances of test images, or of two halves of the reference (once, cached)
 
     config.sample = sample = ml_collections.ConfigDict()  # --mode=sample, of the checkpoint that an evaluation takes
     sample.count = 64

@@ -3,7 +3,8 @@
     python scripts/floor.py --config=configs/rf/fashion_mnist_14_rf_continuous.py [--config.data.data_dir=FOLDER]
 
 Samples cannot be expected to come closer. The test images are as many as an evaluation's samples
-(`eval.num_samples`), or all if there are fewer.
+(`eval.num_samples`), or all if there are fewer; a data set without test images has the distance of two halves of its
+training images. Evaluations write the same numbers into their metrics.json.
 """
 
 import sys
@@ -20,20 +21,22 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file
 def main(argv: list[str]) -> None:
     """The script: one line for each distance."""
     import evaluation
-    import features
+    import run_lib
     import runtime
     from utils import InputError
 
     config = CONFIG.value
-    data, batch_size = config.data, config.eval.batch_size
     try:
         with runtime.terminal_logging():
-            real = features.data_features(data, config.eval.inception_path, batch_size)
-            distances, count = evaluation.floor(real, data, batch_size, config.eval.num_samples)
+            real = run_lib.real_data_of(config)
+            floor = evaluation.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"{count} test images against {len(real.features)} training images, {real.network.name}:")
-    for name, distance in distances.items():
+    if floor is None:
+        sys.exit("error: neither test images nor features of training images are at hand")
+    against = f"{floor.reference_samples} training images, {real.network.name}"
+    print(f"{floor.samples} images ({floor.images}) against {against}:")
+    for name, distance in floor.distances.items():
         print(f"  {name}: {distance:.4g}")
 
 

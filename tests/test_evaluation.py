@@ -1,13 +1,18 @@
 """Numbers of a sampler with weights, against direct solves and closed forms."""
 
+import dataclasses
+import functools
+
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 from exact_flows import (
     EULER,
     GAUSSIAN,
     ODE,
+    SHAPE,
     UNEVEN,
     Explosive,
     Gaussian,
@@ -18,9 +23,11 @@ from exact_flows import (
 )
 
 import datasets
+import distances
 import evaluation
 import features
 import models
+import real_data
 import sampler
 import sampling
 from utils import InputError
@@ -30,49 +37,152 @@ def random_features(n, d, seed):
     return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 
 
+def of_features(name, pool):
+    return real_data.of_features(features.FeatureNetwork(name, "1", raw_pixels), pool)
+
+
 def test_distances_carry_the_name_of_their_network():
     real, fake = random_features(50, 6, 0), random_features(60, 6, 1)
-    other = evaluation.feature_distances("digits_classifier", real, fake)
+    other = evaluation.feature_distances(of_features("digits_classifier", real), fake)
     assert set(other) == {f"{name}_digits_classifier" for name in ("fid", "kid", "kid_error")}
-    plain = evaluation.feature_distances("inception", real, fake)
+    plain = evaluation.feature_distances(of_features("inception", real), fake)
     assert plain == {name.removesuffix("_digits_classifier"): value for name, value in other.items()}
     assert plain["fid"] == evaluation.frechet_distance(real, fake)
-    assert (plain["kid"], plain["kid_error"]) == evaluation.kernel_distance_and_error(real, fake)
+    assert (plain["kid"], plain["kid_error"]) == distances.kernel_distance_and_error(real, fake)
+    moments_alone = dataclasses.replace(of_features("inception", real), features=None)
+    assert evaluation.feature_distances(moments_alone, fake) == {"fid": plain["fid"]}
+    with pytest.raises(ValueError, match="6 and 5 features"):
+        evaluation.feature_distances(moments_alone, fake[:, :5])
 
 
-def test_quality_compares_exactly_the_samples_and_counts_their_cost():
+def raw_pixels(images):
+    """A network on the host: the first three pixels and two constant classes."""
+    return images.reshape(len(images), -1)[:, :3].astype(np.float32), np.zeros((len(images), 2), np.float32)
+
+
+def raw_pixels_on_devices(images):
+    return images.reshape(len(images), -1)[:, :3].astype(jax.numpy.float32), jax.numpy.zeros((len(images), 2))
+
+
+@pytest.mark.parametrize("where", ["host", "devices"])
+def test_quality_compares_exactly_the_samples_and_counts_their_cost(where):
     tested = sampler_of(Gaussian(), EULER)
     seen = []
 
-    def means(images):
+    def network(images):
         seen.append(images)
-        return images.reshape(len(images), -1)[:, :3].astype(np.float32), np.zeros((len(images), 2), np.float32)
+        return raw_pixels(images)
 
-    real = features.DataFeatures(features.FeatureNetwork("means", "1", means), random_features(20, 3, 0))
+    if where == "host":
+        real = real_data.of_features(features.FeatureNetwork("raw", "1", network), random_features(20, 3, 0))
+    else:
+        on_devices = features.device_network("raw", "1", raw_pixels_on_devices, "none")
+        real = real_data.of_features(on_devices, random_features(20, 3, 0))
     quality, shown = evaluation.sample_quality(tested, GAUSSIAN, 7, 4, real=real, centered=True)
-    x = direct(tested, GAUSSIAN)(range(7)).x
-    unit = np.clip((np.asarray(x) + 1) / 2, 0, 1)
-    np.testing.assert_allclose(shown, unit[:4], atol=1e-5)
-    np.testing.assert_allclose(np.concatenate(seen), 255 * unit, atol=0.51)
-    fake = np.concatenate([means(images)[0] for images in tuple(seen)])  # `means` appends to `seen`
-    assert quality["fid_means"] == evaluation.frechet_distance(real.features, fake)
-    assert quality["is_means"] == pytest.approx(1)
+    unit = np.clip((np.asarray(direct(tested, GAUSSIAN)(range(7)).x) + 1) / 2, 0, 1)
+    levels = (255 * unit + np.float32(0.5)).astype(np.uint8)  # as a saved image has them
+    np.testing.assert_array_equal(np.rint(255 * shown), levels)
+    if where == "host":
+        assert {images.dtype for images in seen} == {np.dtype(np.uint8)}
+        np.testing.assert_array_equal(np.concatenate(seen)[:7], levels)
+    fake = raw_pixels(levels)[0]
+    assert quality["fid_raw"] == pytest.approx(evaluation.frechet_distance(real.features, fake), rel=1e-9)
+    assert quality["kid_raw"] == pytest.approx(evaluation.kernel_distance(real.features, fake), rel=1e-9)
+    assert quality["is_raw"] == pytest.approx(1)
     assert quality["nfe"] == 8
 
 
-def test_the_floor_is_the_distance_of_test_images_in_the_same_features(tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", [2, 5, 8, 64])
+def test_samples_are_counted_once_whatever_the_batch(batch_size):
+    network = features.device_network("raw", "1", raw_pixels_on_devices, "none")
+    tested = sampler_of(Gaussian(), EULER)
+    draw = functools.partial(evaluation.draw_samples, tested, GAUSSIAN, network=network, centered=True)
+    samples, whole = draw(13, batch_size, kept_images=5), draw(13, 26)
+    np.testing.assert_array_equal(samples.features, whole.features)
+    assert (samples.features.shape, samples.logits.shape, samples.images.shape) == ((13, 3), (13, 2), (5, *SHAPE))
+    np.testing.assert_array_equal(raw_pixels(whole.images)[0], whole.features)
+
+
+def splits_of(monkeypatch, **counts):
+    """Makes `datasets.image_source` that of random images with these splits; also returns them."""
     rng = np.random.default_rng(0)
-    splits = {name: rng.integers(0, 256, (n, 4, 4, 1), np.uint8) for name, n in (("train", 40), ("test", 30))}
-    monkeypatch.setattr(datasets, "image_source", lambda data, split: datasets.ArraySource(split, splits[split]))
+    splits = {name: rng.integers(0, 256, (n, *SHAPE), np.uint8) for name, n in counts.items()}
 
-    def network(images):
-        return images.reshape(len(images), -1)[:, :3].astype(np.float32), np.zeros((len(images), 2), np.float32)
+    def image_source(data, split="train"):
+        if split not in splits:
+            raise InputError(split)
+        return datasets.ArraySource(split, splits[split])
 
-    train = features.DataFeatures(features.FeatureNetwork("raw", "1", network), network(splits["train"])[0])
+    monkeypatch.setattr(datasets, "image_source", image_source)
+    return splits
+
+
+def test_the_floor_is_the_distance_of_test_images_in_the_same_features_and_kept(tmp_path, monkeypatch):
+    splits = splits_of(monkeypatch, train=40, test=30)
+    network = features.FeatureNetwork("raw", "1", raw_pixels)
+    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
     for count in (30, 12):
-        found, compared = evaluation.floor(train, ml_collections.ConfigDict(), 8, count, tmp_path)
-        assert compared == count
-        assert found == evaluation.feature_distances("raw", train.features, network(splits["test"][:count])[0])
+        found = evaluation.floor(real, ml_collections.ConfigDict(), 8, count, tmp_path)
+        assert (found.images, found.samples, found.reference_samples) == ("test", count, 40)
+        expected = evaluation.feature_distances(real, raw_pixels(splits["test"][:count])[0])
+        assert found.distances == expected
+        assert found.metrics() == {f"floor_{name}": value for name, value in expected.items()} | {
+            "floor_samples": count,
+            "floor_reference_samples": 40,
+        }
+    monkeypatch.setattr(evaluation, "feature_distances", None)  # not computed again, by another process either
+    again = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    assert evaluation.floor(again, ml_collections.ConfigDict(), 8, 12, tmp_path) == found
+
+
+def test_without_test_images_the_floor_is_of_two_halves(tmp_path, monkeypatch):
+    splits = splits_of(monkeypatch, train=41)
+    network = features.FeatureNetwork("raw", "1", raw_pixels)
+    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    found = evaluation.floor(real, ml_collections.ConfigDict(), 8, None, tmp_path)
+    assert (found.images, found.samples, found.reference_samples) == ("halves", 20, 21)
+    order = np.random.default_rng(0).permutation(41)
+    first, second = (raw_pixels(splits["train"][rows])[0] for rows in (order[:21], order[21:]))
+    assert found.distances["fid_raw"] == pytest.approx(evaluation.frechet_distance(first, second), rel=1e-9)
+    assert found.distances["kid_raw"] == pytest.approx(evaluation.kernel_distance(first, second), rel=1e-9)
+    moments_alone = dataclasses.replace(real, features=None)
+    assert evaluation.floor(moments_alone, ml_collections.ConfigDict(), 8, None, tmp_path) is None
+
+
+def test_an_evaluation_finds_the_nearest_training_images_and_draws_them(tmp_path, monkeypatch):
+    train = splits_of(monkeypatch, train=30)["train"]
+    tested = sampler_of(Gaussian(), EULER)
+    network = features.FeatureNetwork("raw", "1", raw_pixels)
+    levels = evaluation.draw_samples(tested, GAUSSIAN, 6, 4, network=network, centered=True).images
+    train[17] = levels[3]  # a memorised one
+    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    protocol = evaluation.Protocol(
+        num_samples=6,
+        straightness_samples=2,
+        batch_size=4,
+        boundaries=np.float32([1, 0]),
+        centered=True,
+        precision_recall_samples=5,
+        nearest_samples=5,
+    )
+    found = evaluation.evaluate_checkpoint(tested, GAUSSIAN, protocol, real, epath.Path(tmp_path / "step"), {})
+    flat, others = (x.reshape(len(x), -1).astype(float) for x in (levels[:5], train))
+    apart = np.sqrt(((flat[:, None] - others) ** 2).mean(-1)) / 255
+    assert found["nearest_pixels"] == pytest.approx(apart.min(1).mean(), rel=1e-6)
+    assert found["nearest_pixels_min"] == pytest.approx(0, abs=1e-6)
+    apart = np.linalg.norm(flat[:, None, :3] - others[:, :3], axis=-1)
+    assert found["nearest_features_raw"] == pytest.approx(apart.min(1).mean(), rel=1e-6)
+    expected = evaluation.precision_recall(
+        real.features[np.arange(5) * 30 // 5], raw_pixels(levels)[0][np.arange(5) * 6 // 5]
+    )
+    assert (found["precision_raw"], found["recall_raw"]) == expected
+    assert (tmp_path / "step" / "nearest.png").stat().st_size > 1000
+    pairs = evaluation._nearest(real, dataclasses.replace(samples_of(levels), features=raw_pixels(levels)[0]), 6)
+    assert pairs["pixels"].images[3] == pairs["features"].images[3] == 17
+
+
+def samples_of(levels):
+    return evaluation.Samples(raw_pixels(levels)[0], np.zeros((len(levels), 2), np.float32), levels, sampler.Cost())
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
