@@ -47,6 +47,9 @@ def terminal_logging() -> Iterator[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax alone logs twenty lines a checkpoint
+    # A failed save is raised to us as well: its four tracebacks in the log, and what asyncio adds, tell nothing more.
+    absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
     logger.setLevel(logging.INFO)
@@ -147,11 +150,30 @@ def start_hosts() -> None:
         jax.distributed.initialize(**numbers, shutdown_timeout_seconds=HOSTS_WAIT_SECONDS)
 
 
+def _without_closed_loops(hook):
+    """`hook` for errors that nobody can catch, without those of writes that end after the first of them has failed."""
+
+    def reported(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return reported
+
+
 def set_up_compilation_cache(folder: os.PathLike) -> None:
-    """Keeps compiled programs in `folder`, unless the user has named another one."""
+    """Keeps compiled programs in `folder`, unless the user has named another one; warns if that cannot be written."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    import utils
+
+    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    try:
+        utils.check_writable(named or folder)
+    except utils.InputError as error:
+        logger.warning("no compiled program is kept: %s (SEQRF_CACHE names one)", error)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    if not named:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # All of them: a threshold in seconds would keep other programs on a busy day than on a calm one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,4 +1,7 @@
+import contextlib
 import json
+import resource
+import shutil
 import types
 
 import jax
@@ -134,6 +137,37 @@ def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):
     saved(tmp_path / "2_rf", tiny_config(), weights, 10)
     with pytest.raises(InputError, match="several stages"):
         checkpoints.load_weights(tmp_path, tiny_config())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio
+def test_a_save_that_fails_is_one_line_and_leaves_earlier_checkpoints(tmp_path, weights):
+    kept = checkpoints.RunCheckpoints(tmp_path / "1_rf")
+    kept.save(state_of(weights, 10), metadata(tiny_config()), keep=True)
+    kept.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # longer files fail as on a full disk
+    try:
+        kept.save(state_of(weights, 20), metadata(tiny_config()), keep=True)
+        with pytest.raises(InputError, match="1_rf: File too large; those before it are complete"):
+            kept.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with contextlib.suppress(InputError):
+        kept.close()
+    assert checkpoints.steps_in(tmp_path / "1_rf") == [10]
+    same(checkpoints.load_weights(tmp_path / "1_rf", tiny_config()).params, weights.params)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, weights, monkeypatch):
+    kept = checkpoints.RunCheckpoints(tmp_path / "1_rf")
+    state = state_of(weights, 0)
+    stored = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))  # weights, EMA, two moments, counts
+    for free in (stored, stored - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        refused = pytest.raises(InputError, match=f"{free:,} bytes free, a checkpoint needs {stored:,}")
+        with refused if free < stored else contextlib.nullcontext():
+            kept.check_room(jax.eval_shape(lambda: state))
+    kept.close()
 
 
 UNEVEN = [1.0, 0.7, 0.0]

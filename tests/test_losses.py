@@ -249,20 +249,20 @@ def test_a_start_from_the_ema_has_a_fresh_adam():
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, transformation.init(weights.params))
 
 
-def _updates(devices, per_device, batches, state=None, on_policy=None):
+def _updates(devices, per_device, batches, state=None, **options):
     model = Linear()
     transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
     state = losses.initial_state(fresh_weights(params), transformation) if state is None else state
     step = losses.make_train_step(
         model,
-        losses.distill_targets if on_policy else losses.reflow_targets,
+        losses.distill_targets if options.get("on_policy") else losses.reflow_targets,
         losses.make_loss("l2"),
         transformation,
         ema_rate=0.9,
         variable_ema_rate=False,
         seed=5,
-        on_policy=on_policy,
+        **options,
     )
     program = parallel.map_devices(step, devices=jax.devices()[:devices])
     n = len(next(iter(batches.values()))) // (devices * per_device)
@@ -294,6 +294,20 @@ def test_two_updates_in_one_call_are_two_calls(backend, monkeypatch):
     separate = jax.tree.map(lambda *values: np.concatenate(values), loss_first, loss_second)
     jax.tree.map(np.testing.assert_array_equal, losses_together, separate)
     jax.tree.map(np.testing.assert_array_equal, together, second)
+
+
+def test_updates_that_are_not_finite_are_dropped_where_asked():
+    batches = {name: np.array(rows) for name, rows in pairs(12).items()}
+    batches["x0"][5] = np.inf  # in the second of three updates
+    good = [{name: rows[n : n + 4] for name, rows in batches.items()} for n in (0, 8)]
+    kept, values = _updates(1, 4, batches, drop_nonfinite=True)
+    first, _ = _updates(1, 4, good[0])
+    expected, _ = _updates(1, 4, good[1], first.replace(step=first.step + 1))
+    jax.tree.map(np.testing.assert_array_equal, kept, expected)
+    for value in values.values():
+        np.testing.assert_array_equal(np.isfinite(value), [True, False, True])
+    spoiled, _ = _updates(1, 4, batches)
+    assert not np.isfinite(spoiled.params["scale"]).any()
 
 
 def test_the_gradient_norm_is_that_of_the_whole_batch_before_clipping():

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import signal
 import threading
 
 import jax
@@ -13,6 +14,7 @@ from pair_maker import arrays_of, digests
 from scipy.integrate import solve_ivp
 
 import reflow
+import runtime
 import sampling
 import segments
 import utils
@@ -166,6 +168,26 @@ def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeyp
     with pytest.raises(InputError, match="is full"):
         pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)
     assert 150 <= len(solved) < 300
+
+
+def test_a_stopped_generation_keeps_whole_files_and_goes_on_to_the_same_bytes(whole_set, tmp_path, monkeypatch):
+    solved = reflow._finished_files
+
+    def solve_and_signal(plan, *arguments):
+        files = solved(plan, *arguments)
+        if files:
+            monkeypatch.setattr(runtime.preemption, "requested", signal.SIGTERM)
+        return files
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reflow, "_finished_files", solve_and_signal)
+        with pytest.raises(runtime.Preempted):
+            pair_maker.generate(tmp_path / "p")
+    monkeypatch.setattr(runtime.preemption, "requested", None)
+    assert [path.name for path in (tmp_path / "p").glob("*.npz")] == ["reflow_batch_1.npz"]
+    assert not list((tmp_path / "p").glob(".*.tmp"))
+    pair_maker.generate(tmp_path / "p")
+    assert digests(tmp_path / "p") == digests(whole_set)
 
 
 def test_a_batch_that_the_devices_cannot_hold_is_one_line(tmp_path):

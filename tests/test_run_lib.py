@@ -1,7 +1,10 @@
 """Whole jobs with a tiny network on real digits: every stage, every artefact, and a kill in the middle."""
 
+import itertools
 import json
 import shutil
+import signal
+import time
 
 import flax
 import jax
@@ -192,14 +195,64 @@ def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir):
         assert np.ptp(np.diff(saved["ts"])) > 1e-3  # placed, not uniform
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_result(workdir, tmp_path):
-    # Stopped after 2 updates by a smaller n_iters: what it kept is a checkpoint like that of a kill.
-    run_lib.train(tiny_config(training={"n_iters": 2}), tmp_path)
-    run_lib.train(tiny_config(), tmp_path)
+def signal_in_call(number, monkeypatch):
+    """The process gets SIGTERM while that call of the training step is in flight."""
+    add, calls = parallel.RunAhead.add, itertools.count(1)
+
+    def add_signalled(self, result):
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+            while not runtime.preemption.requested:
+                time.sleep(0.01)
+        add(self, result)
+
+    monkeypatch.setattr(parallel.RunAhead, "add", add_signalled)
+
+
+def test_a_stopped_run_is_saved_is_no_parent_and_goes_on_to_the_same_result(workdir, tmp_path, monkeypatch):
+    signal_in_call(1, monkeypatch)
+    stops = pytest.raises(runtime.Preempted, match="stopped by SIGTERM after update 2 of 6")
+    config = tiny_config(training={"snapshot_freq_for_preemption": 100})
+    with runtime.preemption.handled(), stops:
+        run_lib.train(config, tmp_path)
+    assert checkpoints.steps_in(tmp_path / "1_rf") == [0]
+    assert checkpoints.RunCheckpoints(tmp_path / "1_rf").latest_step() == 2
+    with pytest.raises(InputError, match=r"1_rf is not finished: its last snapshot has 0 of 6 .*checkpoints/0"):
+        run_lib.train(reflow_config("gen_reflow"), tmp_path)
+    with pytest.raises(InputError, match=r"begun with other settings: optim.lr was 0.001 and is 0.5\."):
+        run_lib.train(tiny_config(optim={"lr": 0.5}), tmp_path)
+    run_lib.train(config, tmp_path)
     went_on, _ = state(tmp_path, "1_rf", 6)
     undisturbed, _ = state(workdir, "1_rf", 6)
     jax.tree.map(np.testing.assert_array_equal, went_on.params, undisturbed.params)
     jax.tree.map(np.testing.assert_array_equal, went_on.nu, undisturbed.nu)
+    lines = [json.loads((folder / "1_rf" / "metrics.json").read_text()) for folder in (tmp_path, workdir)]
+    assert lines[0] == lines[1]
+
+
+def test_a_stopped_evaluation_keeps_what_is_measured(workdir, monkeypatch):
+    config = reflow_config(eval={"begin_step": 0, "end_step": 4, "interval_step": 4})
+    config.sampling.method = "pc"
+    measure = run_lib._measure
+
+    def measure_and_signal(*arguments):
+        measure(*arguments)
+        monkeypatch.setattr(runtime.preemption, "requested", signal.SIGINT)
+
+    monkeypatch.setattr(run_lib, "_measure", measure_and_signal)
+    with pytest.raises(runtime.Preempted, match="stopped by SIGINT before checkpoint 4 was measured"):
+        run_lib.evaluate(config, workdir, "stopped")
+    assert [path.name for path in (workdir / "stopped").glob("step_*")] == ["step_0"]
+    assert [line["step"] for line in json.loads((workdir / "stopped" / "metrics.json").read_text())] == [0]
+
+
+def test_only_the_latest_snapshots_are_kept_where_asked_and_a_shorter_run_is_finished(workdir, tmp_path):
+    shutil.copytree(workdir / "1_rf", tmp_path / "1_rf")
+    shutil.rmtree(tmp_path / "1_rf" / "checkpoints" / "6")
+    # From the preemption checkpoint of update 4 or the snapshot: the same.
+    run_lib.train(tiny_config(training={"keep_snapshots": 1, "n_iters": 5, "n_jitted_steps": 1}), tmp_path)
+    assert checkpoints.steps_in(tmp_path / "1_rf") == [5]
+    assert checkpoints.planned_updates(tmp_path / "1_rf") == 5
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +428,6 @@ def test_pairs_of_another_teacher_or_k_are_refused(workdir, tmp_path):
 def test_neither_a_resumed_run_nor_a_distillation_takes_the_pairs_of_another_teacher(workdir, tmp_path):
     for stage in ("1_rf", "2_rf"):
         shutil.copytree(workdir / stage, tmp_path / stage)
-    shutil.rmtree(tmp_path / "2_rf" / "checkpoints" / "6")
     run_lib.train(reflow_config("gen_reflow", training={"import_flax": str(workdir / "1_rf/checkpoints/0")}), tmp_path)
     with pytest.raises(InputError, match="teacher"):
         run_lib.train(reflow_config("train_reflow"), tmp_path)

@@ -107,3 +107,41 @@ def test_arrays_have_the_same_bytes_every_time(tmp_path):
     with np.load(tmp_path / "a.npz") as file:
         for name, array in arrays.items():
             np.testing.assert_array_equal(file[name], array)
+
+
+def wrapped(error):
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("the save thread failed") from cause
+    except RuntimeError as outer:
+        return outer
+
+
+STORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on device [os_error_code='28']"
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EDQUOT, "quota"), errno.EDQUOT),
+        (ValueError(STORE), errno.ENOSPC),
+        (ValueError("UNAVAILABLE: Error reading storage.googleapis.com"), errno.EREMOTEIO),
+        (ValueError("RESOURCE_EXHAUSTED: of the device's memory"), None),
+        (OSError(errno.ENOENT, "a bug"), None),
+        (KeyError("x"), None),
+    ],
+)
+def test_the_error_of_a_disk_is_found_however_it_is_wrapped(error, number):
+    for each in (error, wrapped(error)):
+        found = utils.disk_error(each)
+        assert (found and found.errno) == number
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    utils.check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/below cannot be written: Not a directory"):
+        utils.check_writable(tmp_path, tmp_path / "file" / "below")
