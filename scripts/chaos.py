@@ -1,0 +1,164 @@
+"""Kills every stage and an evaluation again and again, and compares with a run that was left alone.
+
+    python scripts/chaos.py WORKDIR [--seed 0] [--kills 2] [--jobs 1_rf,pairs,2_rf,2_distill,ode]
+
+Each job is started by `main.py` with a tiny network, gets SIGKILL or SIGTERM at a random moment after a random line of
+its log, and is started again, until it has been stopped so often and ends by itself. Checkpoints, pairs, logged numbers
+and metrics must be equal bit for bit, and after a SIGTERM the next start must go on from the very update of the stop.
+The exit status is 1 if something differs. Moments depend on the seed and on how fast the machine is.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CONFIG = "configs/rf/digits_rf_continuous.py"
+TINY = {
+    "model": {"nf": 4, "ch_mult": (1,), "attn_resolutions": ()},
+    "training": {
+        "batch_size": 8, "n_iters": 600, "log_freq": 20, "snapshot_freq": 300, "snapshot_freq_for_preemption": 50,
+        "n_reflow_data": 640, "reflow_file_size": 64, "gen_reflow_size": 16, "reflow_t": 2,
+    },
+    "eval": {"batch_size": 16, "num_samples": 64, "straightness_samples": 8, "interval_step": 300},
+    "sampling": {"tol": 1e-3},
+}  # fmt: skip
+JOBS = {
+    "1_rf": ["--mode=train", "--config.model.rf_phase=1"],
+    "pairs": ["--mode=train", "--config.training.reflow_mode=gen_reflow"],
+    "2_rf": ["--mode=train", "--config.training.reflow_mode=train_reflow"],
+    "2_distill": ["--mode=train", "--config.training.reflow_mode=train_distill"],
+    "ode": ["--mode=eval", "--eval_folder=ode"],
+}
+LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")  # of SeqRF's own log
+# What depends on the moment or on the folder, and on nothing else.
+UNCOMPARED = re.compile(r"seconds|per_second|provenance|source|folder|hash")
+
+
+def command(workdir: pathlib.Path, job: str, settings: dict) -> list[str]:
+    """`python main.py ...` of a job with the tiny network; `settings`: {section: {key: value}}."""
+    values = [f"--config.{section}.{key}={value}" for section in settings for key, value in settings[section].items()]
+    return [sys.executable, "main.py", f"--config={CONFIG}", f"--workdir={workdir}", *values, *JOBS[job]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """A signal, sent so many seconds after a line of log, counted from 1."""
+
+    line: int
+    seconds: float
+    number: signal.Signals
+
+
+def run(arguments: list[str], cache: pathlib.Path, stop: Stop | None = None) -> tuple[int, str, list[float]]:
+    """Runs a job: its exit status, its output, and the times of its lines of log."""
+    environment = os.environ | {"SEQRF_CACHE": str(cache), "WANDB_MODE": "offline"}
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    said, times = [], []
+    for line in process.stderr:
+        said.append(line)
+        if LOG_LINE.match(line):
+            times.append(time.monotonic())
+            if stop is not None and len(times) == stop.line:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=stop.seconds)
+                process.send_signal(stop.number)  # does nothing where the job has ended
+    return process.wait(), "".join(said), times
+
+
+def random_stop(times: list[float], rng: random.Random) -> Stop:
+    """A stop between two of the lines of log that an undisturbed run wrote at `times`."""
+    line = rng.randrange(1, len(times))
+    seconds = rng.uniform(0, times[line] - times[line - 1])
+    return Stop(line, seconds, rng.choice([signal.SIGKILL, signal.SIGTERM]))
+
+
+def disturb(arguments: list[str], cache: pathlib.Path, stops: list[Stop]) -> list[str]:
+    """Runs a job, stopped by each of `stops` in turn, until it ends; what went wrong."""
+    stopped_at, faults = None, []
+    for stop in [*stops, None]:
+        code, said, _ = run(arguments, cache, stop)
+        resumed = re.search(r"resuming \S+ from update (\d+)", said)
+        if stopped_at is not None and not (resumed and resumed[1] == stopped_at):
+            faults.append(f"stopped after update {stopped_at}, resumed from {resumed and resumed[1]}")
+        stopped = re.search(r"stopped by SIGTERM after update (\d+)", said)
+        stopped_at = stopped and stopped[1]
+        what = stop.number.name if stop else "left alone"
+        print(f"  {what}: exit {code}" + (f" after update {stopped_at}" if stopped else ""), flush=True)
+        if code == 0:
+            return faults
+        if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM) or "Traceback" in said:
+            return [*faults, f"exit {code}: {said[-2000:]}"]
+    return [*faults, "it never ended"]
+
+
+def compared(value):
+    """A JSON value without its entries that may differ."""
+    if isinstance(value, dict):
+        return {key: compared(entry) for key, entry in value.items() if not UNCOMPARED.search(key)}
+    return [compared(entry) for entry in value] if isinstance(value, list) else value
+
+
+def contents(workdir: pathlib.Path) -> dict[str, object]:
+    """All that two runs are compared by: {file: its numbers, or a digest of its arrays or bytes}."""
+    import numpy as np
+
+    import checkpoints
+
+    found: dict[str, object] = {}
+    for path in sorted(workdir.glob("*/checkpoints/*")):
+        weights, metadata = checkpoints.restore(path)
+        trees = {name: getattr(weights, name) for name in ("params", "ema_params", "mu", "nu")}
+        counts = {name: np.array(getattr(weights, name)) for name in ("step", "count")}
+        found[str(path.relative_to(workdir))] = checkpoints.fingerprint(trees | counts), compared(metadata)
+    for path in sorted([*workdir.glob("*/metrics.json"), *workdir.glob("*/step_*/metrics.json")]):
+        found[str(path.relative_to(workdir))] = compared(json.loads(path.read_text()))
+    for path in sorted(workdir.glob("samples/*/*.npz")):
+        found[str(path.relative_to(workdir))] = path.read_bytes()
+    for path in sorted(workdir.glob("samples/*/manifest.json")):
+        found[str(path.relative_to(workdir))] = json.loads(path.read_text())
+    return found
+
+
+def chaos(workdir: pathlib.Path, jobs: list[str], *, seed: int, kills: int, settings: dict = TINY) -> list[str]:
+    """Runs the jobs undisturbed and disturbed, in two folders of `workdir`; what differs or went wrong."""
+    rng, cache, faults = random.Random(seed), workdir / "cache", []
+    alone, killed = workdir / "undisturbed", workdir / "disturbed"
+    for job in jobs:
+        print(job, flush=True)
+        code, said, times = run(command(alone, job, settings), cache)
+        if code:
+            return [*faults, f"{job} undisturbed: exit {code}: {said[-2000:]}"]
+        stops = [random_stop(times, rng) for _ in range(kills)]
+        faults += [f"{job}: {fault}" for fault in disturb(command(killed, job, settings), cache, stops)]
+    one, other = contents(alone), contents(killed)
+    return faults + [f"{name} differs" for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=2, help="of each job, at most")
+    parser.add_argument("--jobs", default=",".join(JOBS))
+    given = parser.parse_args()
+    faults = chaos(given.workdir.resolve(), given.jobs.split(","), seed=given.seed, kills=given.kills)
+    print("\n".join(faults) or "all equal bit for bit")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
