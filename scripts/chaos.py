@@ -28,10 +28,10 @@ CONFIG = "configs/rf/digits_rf_continuous.py"
 TINY = {
     "model": {"nf": 4, "ch_mult": (1,), "attn_resolutions": ()},
     "training": {
-        "batch_size": 8, "n_iters": 600, "log_freq": 20, "snapshot_freq": 300, "snapshot_freq_for_preemption": 50,
+        "batch_size": 8, "n_iters": 300, "log_freq": 20, "snapshot_freq": 150, "snapshot_freq_for_preemption": 40,
         "n_reflow_data": 640, "reflow_file_size": 64, "gen_reflow_size": 16, "reflow_t": 2,
     },
-    "eval": {"batch_size": 16, "num_samples": 64, "straightness_samples": 8, "interval_step": 300},
+    "eval": {"batch_size": 16, "num_samples": 64, "straightness_samples": 8, "interval_step": 150},
     "sampling": {"tol": 1e-3},
 }  # fmt: skip
 JOBS = {
@@ -43,7 +43,7 @@ JOBS = {
 }
 LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")  # of SeqRF's own log
 # What depends on the moment or on the folder, and on nothing else.
-UNCOMPARED = re.compile(r"seconds|per_second|provenance|source|folder|hash")
+UNCOMPARED = re.compile(r"seconds|per_second|input_wait|provenance|source|folder|hash")
 
 
 def command(workdir: pathlib.Path, job: str, settings: dict) -> list[str]:
