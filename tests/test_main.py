@@ -154,30 +154,3 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.params, two.params)
     losses = [json.loads((tmp_path / name / "1_rf" / "metrics.json").read_text()) for name in ("one", "two")]
     assert losses[0][-1]["loss"] == pytest.approx(losses[1][-1]["loss"], rel=1e-4)
-
-
-def test_a_run_killed_without_warning_resumes_to_the_same_bits(tmp_path):
-    lengths = ["--config.training.n_iters=400", "--config.training.batch_size=8", "--config.training.log_freq=10"]
-    saving = ["--config.training.snapshot_freq=400", "--config.training.snapshot_freq_for_preemption=20"]
-    arguments = [DIGITS, "--mode=train", FIRST, *TINY, *lengths, *saving]
-    assert run(*arguments, workdir=tmp_path / "undisturbed")[0] == 0
-
-    command = [sys.executable, "main.py", f"--workdir={tmp_path / 'killed'}", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    latest = tmp_path / "killed" / "1_rf" / "checkpoints-meta"
-    while process.poll() is None and not any(entry.name.isdigit() for entry in latest.glob("*")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert checkpoints.steps_in(tmp_path / "killed" / "1_rf") == [0]  # it had not finished
-    assert run(*arguments, workdir=tmp_path / "killed")[0] == 0
-
-    lines = [json.loads((tmp_path / name / "1_rf/metrics.json").read_text()) for name in ("undisturbed", "killed")]
-    assert len(lines[0]) == 40
-    assert lines[0] == lines[1]  # of before the kill too
-    first, _ = checkpoints.restore(tmp_path / "undisturbed" / "1_rf")
-    second, _ = checkpoints.restore(tmp_path / "killed" / "1_rf")
-    assert first.step == second.step == 400
-    for name in ("params", "ema_params", "mu", "nu"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(first, name), getattr(second, name))
