@@ -1,0 +1,210 @@
+"""What the study compares: benches, recipes, cells, and what each costs in network calls.
+
+A cell is one model sampled in one way, for one seed. A recipe says how its model is made from the teacher:
+
+    pairs (k segments) -> reflow -> distillation to m Euler steps a segment, off or on policy.
+
+Every recipe of a bench spends the same number of network calls, `Bench.budget`: 3 for each trained example (a forward
+pass, and a backward pass of about two), 1 for each call of the teacher or the student outside of training: pairs,
+trajectories, boundaries, the student's states of on-policy distillation.
+"""
+
+import dataclasses
+from typing import Any
+
+CALLS_PER_EXAMPLE = 3
+NFES = (1, 2, 4, 8)
+# Recipe elements, each a change of the plain recipe (docs/recipes.md); those of the first group change the pairs.
+PAIR_ELEMENTS: dict[str, dict[str, Any]] = {"inverted": {"training.inverted_pairs": 0.5}}
+ELEMENTS: dict[str, dict[str, Any]] = {
+    "huber": {"training.loss": "huber"},
+    "ushape": {"training.t_distribution": "ushape"},
+    "cosine": {"optim.schedule": "cosine"},
+    "from_ema": {"training.init_from_ema": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A data set, a teacher, and the sizes of everything that is compared on it.
+
+    Attributes:
+      config: the configuration file.
+      teacher: an exported 1-RF; every row carries its fingerprint.
+      budget: network calls of every recipe, in updates of one batch.
+      reflow: updates of reflow before a distillation.
+      pairs: k -> (noises that the teacher solves, solver): about equal calls for every k. Short segments do with a
+        solver of lower order: at tolerance 1e-2 bosh3 is as exact as dopri5 there, in fewer calls.
+      trajectories: k -> noises of the trajectory set of on-policy distillation after reflow.
+      direct_trajectories: the same where there are no pairs and no reflow.
+      samples: behind FID and KID.
+      compared: noises behind the distance to the teacher.
+      referenced: noises behind the truncation error and straightness.
+      reference_tol: of the exact solves behind these three.
+      options: settings of all training runs.
+    """
+
+    name: str
+    config: str
+    teacher: str
+    budget: int = 1600
+    reflow: int = 450
+    tol: float = 1e-2
+    batch_size: int = 64
+    pairs: dict[int, tuple[int, str]] = dataclasses.field(
+        default_factory=lambda: {1: (4096, "dopri5"), 2: (4096, "dopri5"), 4: (3072, "bosh3"), 8: (2048, "bosh3")}
+    )
+    trajectories: dict[int, int] = dataclasses.field(default_factory=lambda: {1: 1024, 2: 1024, 4: 768, 8: 512})
+    direct_trajectories: dict[int, int] = dataclasses.field(
+        default_factory=lambda: {1: 4096, 2: 4096, 4: 3072, 8: 2048}
+    )
+    samples: int = 4096
+    compared: int = 512
+    referenced: int = 64
+    reference_tol: float = 1e-4
+    options: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "optim.lr": 1e-3,
+            "optim.warmup": 20,
+            "model.ema_rate": 0.99,
+            "model.variable_ema_rate": False,
+        }
+    )
+
+    @property
+    def calls(self) -> int:
+        """The budget in network calls."""
+        return self.budget * self.batch_size * CALLS_PER_EXAMPLE
+
+
+BENCHES = {
+    "fashion_mnist_14": Bench(
+        name="fashion_mnist_14",
+        config="configs/rf/fashion_mnist_14_rf_continuous.py",
+        teacher="model_zoo/fashion_mnist_14_1rf",
+    ),
+    "digits": Bench(name="digits", config="configs/rf/digits_rf_continuous.py", teacher="model_zoo/digits_1rf"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is made.
+
+    Attributes:
+      k: segments; 0: the teacher itself.
+      m: Euler steps a segment that it is distilled to; 0: reflow alone, with all of the budget.
+      on_policy: the distillation starts from the student's own states.
+      direct: distilled from the teacher, without a reflow stage.
+      adaptive: SeqRF-Ada's boundaries.
+      elements: of ELEMENTS and PAIR_ELEMENTS, in all stages.
+    """
+
+    k: int
+    m: int = 0
+    on_policy: bool = False
+    direct: bool = False
+    adaptive: bool = False
+    elements: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A short name: 'rf', 'k4', 'k4_ada_m1_on_policy', 'k1_m4+huber'."""
+        if not self.k:
+            return "rf"
+        marks = {
+            "ada": self.adaptive,
+            f"m{self.m}": self.m,
+            "on_policy": self.on_policy,
+            "direct": self.direct,
+        }
+        return "_".join([f"k{self.k}", *(mark for mark, given in marks.items() if given)]) + "".join(
+            f"+{element}" for element in self.elements
+        )
+
+    @property
+    def model(self) -> str:
+        """The model as the paper calls it."""
+        if not self.k:
+            return "1-RF"
+        name = f"{self.k}-SeqRF" + ("-Ada" if self.adaptive else "")
+        return name if not self.m else f"{name}-Distill" + (f" ({self.m} steps a segment)" if self.m > 1 else "")
+
+    @property
+    def pair_name(self) -> str:
+        """Recipes of equal pair_name learn from the same pairs."""
+        pairs = tuple(element for element in self.elements if element in PAIR_ELEMENTS)
+        return Recipe(self.k, adaptive=self.adaptive, elements=pairs).name
+
+    @property
+    def reflow_name(self) -> str:
+        """Recipes of equal reflow_name share their reflow stage."""
+        return dataclasses.replace(self, m=0, on_policy=False, direct=False).name
+
+    def options(self) -> dict[str, Any]:
+        """The settings of its elements in every stage."""
+        return {key: value for element in self.elements for key, value in (ELEMENTS | PAIR_ELEMENTS)[element].items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A model sampled by `nfe` network calls: by 'euler', 'heun' (two calls a step) or 'adaptive' (Euler, its times
+    placed where the flow bends)."""
+
+    recipe: Recipe
+    nfe: int
+    seed: int
+    sampler: str = "euler"
+
+    @property
+    def id(self) -> str:
+        """The name of its row."""
+        return f"{self.recipe.name}/{self.sampler}_{self.nfe}/seed_{self.seed}"
+
+
+def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
+    """Every cell of the study, the most telling first: a study that is stopped has answered something."""
+    return list(
+        dict.fromkeys(
+            Cell(recipe, nfe, seed, sampler)
+            for group in (_teacher(), _rivals(4), _rivals(2), _rivals(8), _rivals(1), _others(), _elements())
+            for seed in seeds
+            for recipe, nfe, sampler in group
+        )
+    )
+
+
+Entry = tuple[Recipe, int, str]
+
+
+def _teacher() -> list[Entry]:
+    samplers = [("euler", n) for n in NFES] + [(name, n) for name in ("heun", "adaptive") for n in NFES if n > 1]
+    return [(Recipe(0), n, sampler) for sampler, n in samplers]
+
+
+def _rivals(n: int) -> list[Entry]:
+    """At n calls: plain reflow and k-SeqRF with k = n, their distillations, off and on policy."""
+    segmented = [1] if n == 1 else [1, n]
+    recipes = [Recipe(k, m=n // k) for k in segmented] + [Recipe(k) for k in segmented]
+    if n > 1:
+        recipes += [Recipe(k, m=n // k, on_policy=True, direct=direct) for direct in (False, True) for k in segmented]
+    return [(recipe, n, "euler") for recipe in recipes]
+
+
+def _others() -> list[Entry]:
+    """k between 1 and n, SeqRF-Ada, and every reflow model at more calls than it has segments."""
+    entries = [(Recipe(k), n) for k in (1, 2, 4) for n in NFES if n >= k]
+    for k, n in ((2, 4), (2, 8), (4, 8)):
+        entries += [(Recipe(k, m=n // k), n), (Recipe(k, m=n // k, on_policy=True), n)]
+    for n in (4, 8):
+        entries.append((Recipe(4, adaptive=True), n))
+    entries.append((Recipe(4, m=1, direct=True), 4))
+    entries += [(Recipe(4, m=1, adaptive=True), 4), (Recipe(4, m=1, adaptive=True, on_policy=True), 4)]
+    return [(recipe, n, "euler") for recipe, n in entries]
+
+
+def _elements() -> list[Entry]:
+    """Each element alone at 4 calls, for plain reflow and for 4 segments; then all of them."""
+    names = [*ELEMENTS, *PAIR_ELEMENTS]
+    sets = [(name,) for name in names] + [tuple(names)]
+    return [(Recipe(k, m=4 // k, elements=elements), 4, "euler") for elements in sets for k in (1, 4)]
