@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Study:
         self.bench, self.workdir = bench, workdir
         self._sampler = functools.cache(self._exact_sampler)  # compiled once for all models of the same segments
         self._teacher_samples = functools.cache(self._samples_of_teacher)
+        self._fine_distances = functools.cache(self._distances_of_states)
 
     def config(self, seed: int, options: dict[str, Any]) -> Any:
         """The bench's configuration with settings by name, such as {'optim.lr': 1e-3}."""
@@ -224,6 +226,12 @@ class Study:
         sampler = self._sampler(tuple(metadata["boundaries"]), seed)
         return _images(sampler, weights.ema_params, self.bench.compared)
 
+    def _distances_of_states(self, checkpoint: Path, seed: int) -> Any:
+        import checkpoints
+
+        weights, metadata = checkpoints.restore(checkpoint)
+        return self._sampler(tuple(metadata["boundaries"]), seed).fine_distances(weights.ema_params)
+
     def figures(self, cell: Cell, model: Model) -> dict[str, float]:
         """What is measured of a cell."""
         import numpy as np
@@ -235,7 +243,8 @@ class Study:
         weights, metadata = checkpoints.restore(model.checkpoint)
         params = weights.ema_params
         exact = self._sampler(tuple(metadata["boundaries"]), cell.seed)
-        x = _images(_with_steps(exact, params, cell), params, self.bench.samples)
+        stepped = _with_steps(exact, cell, lambda: self._fine_distances(model.checkpoint, cell.seed))
+        x = _images(stepped, params, self.bench.samples)
         unit = datasets.unscale(x, self.config(0, {}).data.centered)
         found, _ = self.real.network.features_and_logits((255 * unit + 0.5).astype(np.uint8))
         kid, error = kernel_distance_and_error(self.real.features[:KERNEL_REAL], found)
@@ -284,8 +293,10 @@ class Study:
         }
 
 
-def _with_steps(sampler: Any, params: Any, cell: Cell) -> Any:
-    """A sampler of `cell.nfe` network calls."""
+def _with_steps(sampler: Any, cell: Cell, distances: Callable[[], Any]) -> Any:
+    """A sampler of `cell.nfe` network calls; `distances`: those of `Sampler.fine_distances`, for adaptive times."""
+    import adaptive
+
     heun = cell.sampler == "heun"
     options = {
         "method": "pc",
@@ -293,7 +304,10 @@ def _with_steps(sampler: Any, params: Any, cell: Cell) -> Any:
         "num_scales": cell.nfe // 2 if heun else cell.nfe,
     }
     stepped = dataclasses.replace(sampler, options=options)
-    return stepped.with_time_grid(params, "adaptive" if cell.sampler == "adaptive" else "uniform")
+    if cell.sampler != "adaptive":
+        return stepped
+    times = adaptive.adaptive_times(distances(), sampler.boundaries, cell.nfe)
+    return dataclasses.replace(stepped, time_grid=times)
 
 
 def _images(sampler: Any, params: Any, count: int) -> Any:

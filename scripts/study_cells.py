@@ -167,7 +167,7 @@ def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
     return list(
         dict.fromkeys(
             Cell(recipe, nfe, seed, sampler)
-            for group in (_teacher(), _rivals(4), _rivals(2), _rivals(8), _rivals(1), _others(), _elements())
+            for group in (_rivals(4), _teacher(), _rivals(2), _rivals(8), _rivals(1), _others(), _elements())
             for seed in seeds
             for recipe, nfe, sampler in group
         )
