@@ -68,7 +68,7 @@ class Study:
         """The bench's configuration with settings by name, such as {'optim.lr': 1e-3}."""
         module = self.bench.config.removesuffix(".py").replace("/", ".")
         config = importlib.import_module(module).get_config()
-        updates = {"seed": seed, "training.batch_size": self.bench.batch_size, **options}
+        updates = {"seed": seed, "training.batch_size": self.bench.batch_size, **self.bench.options, **options}
         config.update_from_flattened_dict(updates)
         return config
 
@@ -173,22 +173,18 @@ class Study:
         return Model(folder / stage / "checkpoints" / str(updates), recipe, start.updates + updates, calls, seconds)
 
     def _training(self, recipe: Recipe, mode: str, updates: int, start: Path) -> dict[str, Any]:
-        return (
-            self.bench.options
-            | recipe.options()
-            | {
-                "training.reflow_mode": mode,
-                "training.reflow_t": recipe.k,
-                "training.adaptive_interval": recipe.adaptive,
-                "training.distill_steps": max(recipe.m, 1),
-                "training.on_policy": float(recipe.on_policy and mode == "train_distill"),
-                "training.n_iters": updates,
-                "training.snapshot_freq": updates,
-                "training.snapshot_freq_for_preemption": 200,
-                "training.snapshot_sampling": False,
-                "training.import_flax": str(start),
-            }
-        )
+        return recipe.options() | {
+            "training.reflow_mode": mode,
+            "training.reflow_t": recipe.k,
+            "training.adaptive_interval": recipe.adaptive,
+            "training.distill_steps": max(recipe.m, 1),
+            "training.on_policy": float(recipe.on_policy and mode == "train_distill"),
+            "training.n_iters": updates,
+            "training.snapshot_freq": updates,
+            "training.snapshot_freq_for_preemption": 200,
+            "training.snapshot_sampling": False,
+            "training.import_flax": str(start),
+        }
 
     def _train(self, stage: Path, seed: int, updates: int, options: dict[str, Any]) -> float:
         if updates < 1:
@@ -231,6 +227,23 @@ class Study:
 
         weights, metadata = checkpoints.restore(checkpoint)
         return self._sampler(tuple(metadata["boundaries"]), seed).fine_distances(weights.ema_params)
+
+    def samples(self, cell: Cell, count: int) -> Any:
+        """The first samples of a cell, [count, H, W, C] in [0, 1]; trains what is missing."""
+        import checkpoints
+        import datasets
+
+        model = self.model(cell.recipe, cell.seed)
+        weights, metadata = checkpoints.restore(model.checkpoint)
+        exact = self._sampler(tuple(metadata["boundaries"]), cell.seed)
+        stepped = _with_steps(exact, cell, lambda: self._fine_distances(model.checkpoint, cell.seed))
+        return datasets.unscale(_images(stepped, weights.ema_params, count), self.config(0, {}).data.centered)
+
+    def exact_samples(self, count: int, seed: int = 0) -> Any:
+        """The teacher's own samples of the first noises, [count, H, W, C] in [0, 1]."""
+        import datasets
+
+        return datasets.unscale(self._teacher_samples(seed)[:count], self.config(0, {}).data.centered)
 
     def figures(self, cell: Cell, model: Model) -> dict[str, float]:
         """What is measured of a cell."""

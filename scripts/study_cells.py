@@ -41,7 +41,7 @@ class Bench:
       compared: noises behind the distance to the teacher.
       referenced: noises behind the truncation error and straightness.
       reference_tol: of the exact solves behind these three.
-      options: settings of all training runs.
+      options: settings of all runs.
     """
 
     name: str

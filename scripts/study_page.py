@@ -1,0 +1,241 @@
+"""Writes docs/choosing_k.md from results/study.jsonl: python scripts/study_page.py [--workdir runs/study]
+
+With --workdir, where scripts/study.py left its models, the same noises are drawn side by side as well.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import study  # noqa: E402
+from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells  # noqa: E402
+
+PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
+SEEDS = (0, 1, 2)
+Rows = dict[tuple[str, str, int], dict[int, dict[str, Any]]]  # (recipe, sampler, nfe) -> seed -> row
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A paired comparison over seeds: the mean of (first - second) of a figure, its standard error, and the seeds.
+
+    It is settled if there are three seeds or more, their differences have one sign, and the mean is above two standard
+    errors.
+    """
+
+    mean: float
+    error: float
+    differences: tuple[float, ...]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the first is better (mean below 0) or worse beyond chance."""
+        agree = all(d < 0 for d in self.differences) or all(d > 0 for d in self.differences)
+        return len(self.differences) >= 3 and agree and abs(self.mean) > 2 * self.error
+
+    @property
+    def word(self) -> str:
+        """'better', 'worse', 'not settled', or 'n seeds so far'."""
+        if len(self.differences) < 3:
+            return f"{len(self.differences)} of 3 seeds so far"
+        return ("better" if self.mean < 0 else "worse") if self.is_settled else "not settled"
+
+
+def compare(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]], figure: str) -> Verdict:
+    """The verdict on two cells, over the seeds that both have; lower figures are better."""
+    differences = tuple(first[seed][figure] - second[seed][figure] for seed in sorted(first.keys() & second.keys()))
+    if len(differences) < 2:
+        return Verdict(differences[0] if differences else math.nan, math.nan, differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Verdict(statistics.mean(differences), error, differences)
+
+
+def grouped(rows: list[dict[str, Any]], bench: str) -> Rows:
+    """The rows of a bench by cell and seed."""
+    cells: Rows = collections.defaultdict(dict)
+    for row in rows:
+        if row["bench"] == bench:
+            cells[row["recipe"], row["sampler"], row["nfe"]][row["seed"]] = row
+    return cells
+
+
+def spread(values: list[float], form: str) -> str:
+    """'mean ± standard deviation', or the value where there is one."""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{form}}"
+
+
+def table(cells: Rows, figure: str, form: str) -> str:
+    """Markdown: recipes by calls, mean and spread over seeds."""
+    names = list(dict.fromkeys((recipe, sampler) for recipe, sampler, _ in cells))
+    lines = ["| model | recipe | " + " | ".join(f"NFE {n}" for n in NFES) + " |", "|---" * (len(NFES) + 2) + "|"]
+    for recipe, sampler in names:
+        found = {n: cells[recipe, sampler, n] for n in NFES if (recipe, sampler, n) in cells}
+        model = next(iter(next(iter(found.values())).values()))["model"]
+        values = [spread([r[figure] for r in found[n].values()], form) if n in found else "" for n in NFES]
+        name = recipe + ("" if sampler == "euler" else f", {sampler}")
+        lines.append(f"| {model} | `{name}` | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def questions() -> list[tuple[str, Recipe, Recipe, int]]:
+    """(question, first, second, calls): the pairs of cells that a verdict is given on."""
+    asked = []
+    for n in (2, 4, 8):
+        off, on = (f"{n} segments against {n}-step distillation of plain reflow", "the same, both on policy")
+        asked.append((off, Recipe(n, m=1), Recipe(1, m=n), n))
+        asked.append((on, Recipe(n, m=1, on_policy=True), Recipe(1, m=n, on_policy=True), n))
+        asked.append((f"{n} segments, on against off policy", Recipe(n, m=1, on_policy=True), Recipe(n, m=1), n))
+        asked.append(
+            (f"{n} segments, on policy from the teacher at once, against reflow and distillation",
+             Recipe(n, m=1, on_policy=True, direct=True), Recipe(n, m=1), n)
+        )  # fmt: skip
+    asked.append(
+        (
+            "4 segments from the teacher at once, against by way of reflow",
+            Recipe(4, m=1, direct=True),
+            Recipe(4, m=1),
+            4,
+        )
+    )
+    asked.append(("SeqRF-Ada against uniform boundaries", Recipe(4, m=1, adaptive=True), Recipe(4, m=1), 4))
+    asked.append(("2 segments of 2 steps against 4 of 1", Recipe(2, m=2), Recipe(4, m=1), 4))
+    for element in (*ELEMENTS, *PAIR_ELEMENTS):
+        for k in (1, 4):
+            plain = Recipe(k, m=4 // k)
+            asked.append((f"`{element}`, k = {k}", dataclasses.replace(plain, elements=(element,)), plain, 4))
+    return asked
+
+
+def verdicts(cells: Rows) -> str:
+    """Markdown: a line for each question that has rows."""
+    lines = ["| question | NFE | FID, difference | | RMS to the teacher, difference | |", "|---|---|---|---|---|---|"]
+    for question, first, second, n in questions():
+        pair = [cells.get((recipe.name, "euler", n), {}) for recipe in (first, second)]
+        if not pair[0].keys() & pair[1].keys():
+            continue
+        fid, rms = (compare(*pair, figure) for figure in ("fid", "rms_to_teacher"))
+        lines.append(
+            f"| {question} | {n} | {fid.mean:+.3f} ± {fid.error:.3f} | {fid.word} | "
+            f"{rms.mean:+.4f} ± {rms.error:.4f} | {rms.word} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_against(cells: Rows, x: str, path: Path) -> None:
+    """FID and distance to the teacher against NFE or network calls, a line or a point for each recipe."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
+        for recipe, sampler in dict.fromkeys((r, s) for r, s, _ in cells if "+" not in r):
+            found = [list(cells[recipe, sampler, n].values()) for n in NFES if (recipe, sampler, n) in cells]
+            points = [[statistics.mean(row[key] for row in rows) for key in (x, name)] for rows in found]
+            axis.plot(
+                *zip(*points, strict=True), "o-", ms=4, label=recipe + ("" if sampler == "euler" else f" {sampler}")
+            )
+        axis.set(xlabel={"nfe": "network calls an image (NFE)"}.get(x, "network calls to make the model"), ylabel=label)
+        axis.set_yscale("log")
+        if x == "nfe":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(NFES, NFES)
+    axes[1].legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_samples(bench: Bench, cells: Rows, workdir: Path, path: Path) -> None:
+    """The same ten noises by the teacher and by the models of the first seed that are in `workdir`."""
+    from matplotlib import pyplot as plt
+
+    runs = study.Study(bench, workdir / bench.name)
+    wanted = [Cell(Recipe(0), n, 0) for n in (1, 2, 4)]
+    wanted += [Cell(recipe, n, 0) for n in (1, 2, 4) for recipe in (Recipe(1, m=n), Recipe(n, m=1))]
+    wanted = [cell for cell in dict.fromkeys(wanted) if 0 in cells.get((cell.recipe.name, cell.sampler, cell.nfe), {})]
+    strips = {"teacher, exact": runs.exact_samples(10)} | {
+        f"{cell.recipe.model}, NFE {cell.nfe}": runs.samples(cell, 10) for cell in wanted
+    }
+    figure, axes = plt.subplots(len(strips), 1, figsize=(8, 0.95 * len(strips)), layout="constrained")
+    for axis, (name, images) in zip(axes, strips.items(), strict=True):
+        axis.imshow(images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1), cmap="gray", vmin=0, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> str:
+    """The page's part on one bench."""
+    cells = grouped(rows, bench.name)
+    here = [row for row in rows if row["bench"] == bench.name]
+    missing = {cell.id for cell in all_cells(SEEDS)} - {row["cell"] for row in here}
+    PICTURES.mkdir(exist_ok=True)
+    draw_against(cells, "nfe", PICTURES / f"{bench.name}_nfe.png")
+    draw_against(cells, "network_calls", PICTURES / f"{bench.name}_cost.png")
+    same = PICTURES / f"{bench.name}_samples.png"
+    if workdir:
+        draw_samples(bench, cells, workdir, same)
+    return f"""## {bench.name}
+
+{len(here)} rows, {len(missing)} cells still to be run. Teacher `{bench.teacher}` ({here[0]["teacher"]}); budget of a
+model {bench.calls:,} network calls; {bench.samples} samples; devices: {", ".join(sorted({row["device"] for row in here}))}.
+
+### Verdicts
+
+Differences are first minus second, so below 0 the first is better; ± is the standard error over seeds.
+
+{verdicts(cells)}
+
+### FID
+
+{table(cells, "fid", ".3f")}
+
+### RMS distance to the teacher's samples of the same noises
+
+{table(cells, "rms_to_teacher", ".4f")}
+
+### Truncation error
+
+{table(cells, "truncation_error", ".4f")}
+
+![FID and distance against network calls an image](choosing_k/{same.name.replace("samples", "nfe")})
+
+![FID and distance against the cost of the model](choosing_k/{same.name.replace("samples", "cost")})
+""" + (f"\n![the same noises](choosing_k/{same.name})\n" if same.exists() else "")
+
+
+INTRODUCTION = """# Choosing k
+
+Which k, which recipe, for how many network calls? Written by `python scripts/study_page.py` from
+[results/study.jsonl](../results/study.jsonl), which `python scripts/study.py BENCH` fills, cell by cell; what is
+compared, and why, is in `scripts/study_cells.py`.
+
+All models of a bench cost the same, counted in network calls: 3 for each trained example, 1 for each call of the
+teacher or the student in making pairs, trajectories, boundaries and on-policy states. `k4_m1` is a 4-SeqRF distilled
+to one call a segment, `k1_m4` plain reflow distilled to 4 Euler steps: the rival at equal NFE. `_direct`: distilled
+from the teacher, without reflow. FID is over the features of a classifier of the bench's labels. A verdict is settled
+if three seeds agree and their mean difference is above two standard errors.
+"""
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, help="of scripts/study.py, for the pictures of samples")
+    arguments = parser.parse_args()
+    rows = study.read_rows()
+    measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
+    PAGE.write_text("\n".join([INTRODUCTION, *(section(bench, rows, arguments.workdir) for bench in measured)]))
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The study: its cells, their equal cost, its rows through kills, and its verdicts."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+import checkpoints
+import models
+from configs.rf.digits_rf_continuous import get_config
+from scripts import study, study_page
+from scripts.study_cells import BENCHES, CALLS_PER_EXAMPLE, Cell, Recipe, all_cells
+
+TINY = {"model.nf": 4, "model.ch_mult": (1,), "model.attn_resolutions": (), "model.ema_rate": 0.9}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A bench of tiny networks with an untrained teacher."""
+    config = get_config()
+    config.update_from_flattened_dict(TINY | {"training.reflow_t": 1})
+    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
+    zeros = jax.tree.map(np.zeros_like, params)
+    weights = models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    checkpoints.export_file(path, weights, config)
+    return dataclasses.replace(
+        BENCHES["digits"],
+        teacher=str(path),
+        budget=60,
+        reflow=4,
+        batch_size=8,
+        pairs={2: (16, "bosh3")},
+        trajectories={2: 8},
+        samples=32,
+        compared=16,
+        referenced=8,
+        options=TINY,
+    )
+
+
+def test_cells_have_names_of_their_own_and_every_call_count_has_the_rival():
+    cells = all_cells((0, 1, 2))
+    assert len({cell.id for cell in cells}) == len(cells)
+    for n in (2, 4, 8):
+        for on_policy in (False, True):
+            for recipe in (Recipe(1, m=n, on_policy=on_policy), Recipe(n, m=1, on_policy=on_policy)):
+                assert Cell(recipe, n, 2) in cells
+
+
+def test_every_question_is_on_cells_of_the_study():
+    ids = {cell.id for cell in all_cells((0,))}
+    for _, first, second, n in study_page.questions():
+        assert {Cell(recipe, n, 0).id for recipe in (first, second)} <= ids
+
+
+def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path):
+    cell = Cell(Recipe(2, m=1, on_policy=True), 2, 0)
+    row = study.Study(bench, tmp_path / "a").row(cell)
+    update = bench.batch_size * (CALLS_PER_EXAMPLE + 0.5)  # (N - 1) / 2 calls of the student, N = 2
+    assert bench.calls - update < row["network_calls"] <= bench.calls
+    again = study.Study(bench, tmp_path / "b").row(cell)
+    assert {name: again[name] for name in study.FIGURES} == {name: row[name] for name in study.FIGURES}
+    assert row["rms_to_teacher"] > 0
+
+
+def test_rows_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "study.jsonl"
+    study.append_row({"cell": "a"}, path)
+    path.write_text(path.read_text() + '{"cell": "b", "fi')
+    study.append_row({"cell": "c"}, path)
+    assert [row["cell"] for row in study.read_rows(path)] == ["a", "c"]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"cell": "c"}
+
+
+def test_a_verdict_is_a_paired_t_statistic_above_two_with_one_sign():
+    rng = np.random.default_rng(0)
+    settled = []
+    for shift in np.linspace(-0.3, 0.3, 21):
+        first, second = rng.normal(shift, 0.05, 3), rng.normal(0, 0.05, 3)
+        verdict = study_page.compare(
+            *({seed: {"fid": value} for seed, value in enumerate(values)} for values in (first, second)), "fid"
+        )
+        one_sign = len(set(np.sign(first - second))) == 1
+        assert verdict.is_settled == (one_sign and abs(scipy.stats.ttest_rel(first, second).statistic) > 2)
+        settled.append(verdict.word)
+    assert {"better", "worse", "not settled"} <= set(settled)
+
+
+def test_two_seeds_settle_nothing():
+    first, second = ({seed: {"fid": value + seed / 100} for seed in range(2)} for value in (1.0, 2.0))
+    assert study_page.compare(first, second, "fid").word == "2 of 3 seeds so far"
