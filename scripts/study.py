@@ -177,7 +177,7 @@ class Study:
             "training.reflow_mode": mode,
             "training.reflow_t": recipe.k,
             "training.adaptive_interval": recipe.adaptive,
-            "training.distill_steps": max(recipe.m, 1),
+            "training.distill_steps": recipe.m if mode == "train_distill" else 1,
             "training.on_policy": float(recipe.on_policy and mode == "train_distill"),
             "training.n_iters": updates,
             "training.snapshot_freq": updates,

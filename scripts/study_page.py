@@ -177,6 +177,7 @@ def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> s
     cells = grouped(rows, bench.name)
     here = [row for row in rows if row["bench"] == bench.name]
     missing = {cell.id for cell in all_cells(SEEDS)} - {row["cell"] for row in here}
+    devices = ", ".join(sorted({row["device"] for row in here}))
     PICTURES.mkdir(exist_ok=True)
     draw_against(cells, "nfe", PICTURES / f"{bench.name}_nfe.png")
     draw_against(cells, "network_calls", PICTURES / f"{bench.name}_cost.png")
@@ -186,7 +187,7 @@ def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> s
     return f"""## {bench.name}
 
 {len(here)} rows, {len(missing)} cells still to be run. Teacher `{bench.teacher}` ({here[0]["teacher"]}); budget of a
-model {bench.calls:,} network calls; {bench.samples} samples; devices: {", ".join(sorted({row["device"] for row in here}))}.
+model {bench.calls:,} network calls; {bench.samples} samples; devices: {devices}.
 
 ### Verdicts
 
