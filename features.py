@@ -26,6 +26,7 @@ from utils import write_arrays
 logger = logging.getLogger("seqrf")
 
 TEST_BATCH = 500  # images in a batch when a classifier is tested
+PIXELS = 8  # fields on a side of `pixel_network`
 DIGITS_TRAINED_ON = 1500  # the classifier is tested on the other 297
 
 
@@ -34,7 +35,7 @@ class FeatureNetwork:
     """A network whose features stand for what an image shows.
 
     Attributes:
-      name: 'inception', 'digits_classifier' or '<set>_<size>_classifier'.
+      name: 'inception', 'digits_classifier', '<set>_<size>_classifier' or 'pixels_8'.
       identity: everything that its features depend on, for the keys of caches and the record in metrics.json.
       features_and_logits: uint8 images [n, h, w, c], any number of them, to float32 ([n, d], [n, classes]), as NumPy
         arrays.
@@ -74,6 +75,26 @@ def device_network(name: str, identity: str, apply: Callable, preprocessing: str
 
     network = FeatureNetwork(name, identity, features_and_logits, program, preprocessing)
     return network
+
+
+def pixel_network() -> FeatureNetwork:
+    """A feature network for pictures without labels where there is no Inception: the mean colours of PIXELS x PIXELS
+    fields of an image, in [0, 1]. It sees colours and coarse shapes; it tells no classes apart, so IS is 1.
+    """
+
+    def apply(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, columns = _field_weights(images.shape[1]), _field_weights(images.shape[2])
+        means = jnp.einsum("ih,jw,nhwc->nijc", rows, columns, images.astype(jnp.float32) / 255)
+        return means.reshape(len(images), -1), jnp.zeros((len(images), 1), jnp.float32)
+
+    return device_network(f"pixels_{PIXELS}", f"means of {PIXELS} x {PIXELS} fields", apply, "/ 255")
+
+
+def _field_weights(size: int) -> Float[np.ndarray, "fields size"]:
+    """The share of each of `size` pixels in each of PIXELS fields of one length."""
+    edges, pixel = np.arange(PIXELS + 1) * size / PIXELS, np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return (np.clip(overlap, 0, None) * PIXELS / size).astype(np.float32)
 
 
 def cache_folder() -> epath.Path:

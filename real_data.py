@@ -42,12 +42,14 @@ class Options:
       feature_backend: what runs Inception, see `inception.inception`.
       file: an npz file of them; 'none': the data set's own training images.
       max_real: how many of those; 0: all.
+      network: 'auto', or 'pixels' for `features.pixel_network`.
     """
 
     inception_path: str = "none"
     feature_backend: str = "auto"
     file: str = "none"
     max_real: int = 0
+    network: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ def feature_network(
 ) -> FeatureNetwork:
     """The network whose features samples of `config.data` are compared in.
 
-    Inception for photographs; for grey images a classifier of the set's own labels.
+    Inception for photographs; for grey images a classifier of the set's own labels; or `features.pixel_network`.
 
     Args:
       data: `config.data`.
@@ -122,6 +124,8 @@ def feature_network(
     Raises:
       InputError: Inception is not available, or not valid, within seconds; or as `features.label_classifier`.
     """
+    if options.network == "pixels":
+        return features.pixel_network()
     if data.num_channels == 1:
         return features.label_classifier(data, cache_dir)
     return inception.inception(options.inception_path, options.feature_backend)

@@ -409,6 +409,7 @@ def real_data_of(config: Config) -> real_data.RealData:
         feature_backend=settings.feature_backend,
         file=settings.reference,
         max_real=settings.max_real,
+        network=settings.feature_network,
     )
     return real_data.of_config(config.data, options, settings.batch_size)
 

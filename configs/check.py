@@ -21,6 +21,7 @@ CHOICES = {
     "training.nan_policy": ("stop", "skip"),
     "optim.schedule": ("constant", "cosine"),
     "eval.reflow_mode": ("eval_reflow", "eval_distill"),
+    "eval.feature_network": ("auto", "pixels"),
     "eval.feature_backend": ("auto", "tensorflow", "jax"),
     "sampling.method": ("ode", "pc"),
     "sampling.solver": tuple(sampling.SOLVERS),

@@ -124,6 +124,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.save_trajectory = False  # keep one batch's trajectory and its times
     evaluate.straightness_samples = 1_024  # noises behind straightness and truncation error
     evaluate.inception_path = "none"  # a SavedModel folder; 'none': TF-GAN's handle on TF-Hub
+    evaluate.feature_network = "auto"  # auto: Inception, for grey images a classifier of their labels | pixels: neither
     evaluate.feature_backend = "auto"  # what runs Inception: tensorflow (CPU) | jax (all devices) | auto
     evaluate.reference = "none"  # an npz file of reference statistics; 'none': made from the training images, cached
     evaluate.max_real = 0  # training images behind those; 0: all

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 PAGE = pathlib.Path(__file__).with_name("explore_page.html")
-FRAMES = 17  # states of a trajectory
+FRAMES = 17  # states of a trajectory; the strip shows every second
 
 
 def rendered(model: Any, count: int, seed: int, steps: list[int], tol: float) -> list[dict[str, Any] | None]:

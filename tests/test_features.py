@@ -154,3 +154,21 @@ def test_networks_on_devices_take_any_number_of_images_and_leave_them_there():
     assert {part.device for part in found.addressable_shards} == set(jax.local_devices())
     for x, y in zip(network.measure(on_devices), network.features_and_logits(images[:6]), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+# ---- pixels
+
+
+def test_pixels_are_the_means_of_fields_on_every_device():
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    network = real_data.feature_network(
+        ml_collections.ConfigDict({"num_channels": 3}), real_data.Options(network="pixels")
+    )
+    found, logits = network.features_and_logits(images)
+    means = np.asarray(images, np.float64).reshape(5, 8, 4, 8, 4, 3).mean(axis=(2, 4)) / 255
+    assert found.shape == (5, 192)
+    np.testing.assert_allclose(found, means.reshape(5, -1), atol=1e-6)
+    even = network.features_and_logits(np.full((2, 28, 28, 3), 51, np.uint8))[0]  # 3.5 pixels a field
+    np.testing.assert_allclose(even, 0.2, atol=1e-6)
+    assert evaluation.inception_score(logits) == pytest.approx(1)
+    assert network.name == "pixels_8"
