@@ -180,15 +180,66 @@ def draw_loss(path: epath.PathLike, steps: Sequence[int], losses: Sequence[float
     _save(figure, path)
 
 
-def draw_quality(path: epath.PathLike, curves: dict[str, tuple[list, list]], quality: str) -> None:
-    """A distance such as the FID against NFE, one line or point for each name: {name: (nfe, distance)}."""
+def draw_quality(
+    path: epath.PathLike,
+    curves: dict[str, tuple[Sequence[float], Sequence[float | None]]],
+    quality: str,
+    floor: float | None = None,
+) -> None:
+    """A distance such as the FID against NFE, one line or point for each name: {name: (nfe, distance)}.
+
+    Args:
+      floor: the distance of real images, as a line across.
+    """
     figure, axes = _figure()
     for name, (nfe, values) in curves.items():
-        axes.plot(nfe, values, marker="o", linewidth=1, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="NFE: network calls for a sample", ylabel=quality)
+        axes.plot(nfe, [_positive(value) for value in values], marker="o", linewidth=1, label=_plain(name))
+    if floor is not None and floor > 0:
+        axes.axhline(floor, color="gray", linewidth=1, linestyle="--", label=f"real images: {floor:.3g}")
+    axes.set(xscale="log", yscale="log", xlabel="NFE: network calls for a sample", ylabel=_plain(quality))
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def draw_histories(path: epath.PathLike, histories: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> None:
+    """A panel for each of `names` that was logged: its values against the step, a line for each history."""
+    logged = [name for name in names if any(name in line for lines in histories.values() for line in lines)]
+    figure, panels = _figure(columns=max(1, len(logged)), size=(5 * max(1, len(logged)), 3.5))
+    for name, axes in zip(logged, np.atleast_1d(panels), strict=True):
+        for label, lines in histories.items():
+            points = [(line["step"], _positive(line[name])) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, label=_plain(label))
+        axes.set(xlabel="update", ylabel=_plain(name), yscale="log")
+        axes.grid(visible=True, linewidth=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def draw_straightness_of_models(path: epath.PathLike, curves: dict[str, dict[str, np.ndarray]]) -> None:
+    """The arrays of straightness.npz of several models, one panel for all of time and one for the segments."""
+    figure, panels = _figure(columns=2, size=(10, 3.8))
+    titles = {"curve": "straightness", "sequential_curve": "sequential straightness: within the segments"}
+    for (curve, title), axes in zip(titles.items(), panels, strict=True):
+        for name, arrays in curves.items():
+            ts = arrays["ts"]
+            area = float(np.sum(arrays[curve] * (ts[:-1] - ts[1:])))
+            axes.stairs(arrays[curve][::-1], ts[::-1], label=f"{_plain(name)}: {area:.4g}", baseline=None)
+        axes.set(xlim=(1, 0), ylim=(0, None), xlabel="t  (1: noise, 0: data)", title=title)
+        axes.legend()
+    panels[0].set(ylabel="squared deviation per unit of t")
+    _save(figure, path)
+
+
+def _positive(value: float | None) -> float:
+    """`value`, or NaN, which is not drawn, where a logarithmic axis has no place for it."""
+    return value if value is not None and value > 0 else math.nan
+
+
+def _plain(text: str) -> str:
+    """`text` as it is, in matplotlib, which reads formulas between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _figure(rows: int = 1, columns: int = 1, size: tuple[float | int, float | int] = (7, 4.5)) -> tuple[Any, Any]:

@@ -17,14 +17,13 @@ export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$devices}"
 workdir="${1:-runs/digits}"
 run=(.venv/bin/python main.py --config=configs/rf/digits_rf_continuous.py --workdir="$workdir")
 reflow=(--config.model.rf_phase=2 --config.training.reflow_t=2)
-euler=(--config.sampling.method=pc --config.sampling.predictor=rf_solver)
 fixed_ema=(--config.model.variable_ema_rate=False)
 
 say() { printf '\n== %s\n' "$*"; }
 
-evaluate() { # evaluate FOLDER OVERRIDE...: only the last checkpoint of a stage
-  local folder="$1"; shift
-  "${run[@]}" --mode=eval --eval_folder="$folder" "$@"
+evaluate() { # evaluate FOLDER SAMPLERS STEP OVERRIDE...: the last checkpoint of a stage, into FOLDER_SAMPLER
+  "${run[@]}" --mode=eval --eval_folder="$1" --config.eval.samplers="$2" --config.eval.begin_step="$3" \
+    --config.eval.teacher="$workdir/1_rf" --config.eval.save_trajectory=True "${@:4}"
 }
 
 say "1/5 train 1-RF"
@@ -37,20 +36,11 @@ say "3/5 train 2-SeqRF"
 say "4/5 distil it to one call a segment"
 "${run[@]}" --mode=train "${reflow[@]}" --config.training.reflow_mode=train_distill --config.training.n_iters=300 \
   --config.optim.lr=1e-3 --config.training.snapshot_freq=300 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
-  "${euler[@]}" --config.model.num_scales=2
+  --config.sampling.method=pc --config.model.num_scales=2
 
 say "5/5 evaluate"
-first=(--config.model.rf_phase=1 --config.training.reflow_t=2 --config.eval.begin_step=1400)
-evaluate 1rf_ode "${first[@]}" --config.eval.save_trajectory=True
-for n in 1 2 4 8; do
-  evaluate "1rf_euler_$n" "${first[@]}" "${euler[@]}" --config.model.num_scales="$n"
-done
-second=("${reflow[@]}" --config.eval.begin_step=750)
-evaluate 2seqrf_ode "${second[@]}" --config.eval.save_trajectory=True
-for n in 2 4; do
-  evaluate "2seqrf_euler_$n" "${second[@]}" "${euler[@]}" --config.model.num_scales="$n"
-done
-evaluate 2distill_euler_2 "${reflow[@]}" --config.eval.reflow_mode=eval_distill --config.eval.begin_step=300 \
-  "${euler[@]}" --config.model.num_scales=2
+evaluate 1rf 'ode;euler:1,2,4,8' 1400 --config.model.rf_phase=1 --config.training.reflow_t=2
+evaluate 2seqrf 'ode;euler:2,4' 750 "${reflow[@]}"
+evaluate 2distill 'euler:2' 300 "${reflow[@]}" --config.eval.reflow_mode=eval_distill
 
-.venv/bin/python scripts/report.py --check "$workdir"
+.venv/bin/python scripts/report.py --html --check "$workdir"

@@ -1,7 +1,8 @@
 """Prints the evaluations in a workdir as a table and draws the FID against NFE: python scripts/report.py WORKDIR
 
-Reads the last step of each <eval_folder>/step_<step>/metrics.json. With --check it also prints the ratios of k-SeqRF's
-figures to 1-RF's at k network calls; the exit status is 1 if one is larger than the quickstart's bound.
+Reads the last step of each <eval_folder>/step_<step>/metrics.json. --html also writes WORKDIR/report.html, a page with
+all that was measured and how, and its pictures into WORKDIR/report/. With --check it also prints the ratios of
+k-SeqRF's figures to 1-RF's at k network calls; the exit status is 1 if one is larger than the quickstart's bound.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -22,28 +24,82 @@ COLUMNS = {
 }
 
 
-def last_metrics(workdir: pathlib.Path) -> list[dict]:
-    """The metrics of the last measured step in each evaluation folder, by model, then adaptive first, then by NFE."""
-    folders = {path.parent.parent for path in workdir.glob("*/step_*/metrics.json")}
-    found = []
-    for folder in folders:
-        last = max(folder.glob("step_*/metrics.json"), key=lambda path: int(path.parent.name.removeprefix("step_")))
-        found.append(json.loads(last.read_text()))
-    return sorted(found, key=lambda m: (m["model"], m["sampler"] != "ODE", m["nfe"]))
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A measured checkpoint: its folder `<eval_folder>/step_<step>` and its metrics.json."""
+
+    folder: pathlib.Path
+    metrics: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the evaluation's folder in the workdir."""
+        return self.folder.parent.name
+
+    @property
+    def order(self) -> tuple:
+        """By model, then adaptive first, then by NFE."""
+        return self.metrics["model"], self.metrics["sampler"] != "ODE", self.metrics["nfe"], self.name
+
+    def value(self, name: str) -> float | None:
+        """A number of metrics.json; None where it was not measured."""
+        value = self.metrics.get(name)
+        return value if _is_number(value) else None
 
 
-def fid_name(metrics: list[dict]) -> str:
+def evaluations(workdir: pathlib.Path) -> list[list[Evaluation]]:
+    """Every evaluation folder's measured checkpoints by step; the folders in the order of their last ones.
+
+    Files that are not of an evaluation are left out, with a line on stderr.
+    """
+    found: dict[pathlib.Path, list[tuple[int, Evaluation]]] = {}
+    for path in sorted(workdir.glob("*/step_*/metrics.json")):
+        step = path.parent.name.removeprefix("step_")
+        metrics = _read(path)
+        if not step.isdecimal() or not _is_evaluation(metrics):
+            print(f"left out: {path} is not the metrics.json of an evaluation", file=sys.stderr)
+            continue
+        found.setdefault(path.parent.parent, []).append((int(step), Evaluation(path.parent, metrics)))
+    steps = [[one for _, one in sorted(each, key=lambda pair: pair[0])] for each in found.values()]
+    return sorted(steps, key=lambda each: each[-1].order)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_evaluation(metrics: Any) -> bool:
+    if not isinstance(metrics, dict) or not all(isinstance(metrics.get(name), str) for name in ("model", "sampler")):
+        return False
+    names = [key for key, _ in COLUMNS.values() if key]
+    numbers = all(name in metrics and (metrics[name] is None or _is_number(metrics[name])) for name in names)
+    return numbers and _is_number(metrics["nfe"]) and any(name.startswith("fid") for name in metrics)
+
+
+def fid_name(found: list[Evaluation]) -> str:
     """'fid' for Inception, else the name that says which network's features were compared."""
-    return next(name for name in metrics[0] if name.startswith("fid"))
+    return next(name for name in found[0].metrics if name.startswith("fid"))
 
 
-def table(metrics: list[dict], fid: str) -> str:
-    """A Markdown table, a row for each model and sampler."""
+def rows_of(found: list[Evaluation], fid: str) -> list[list[str]]:
+    """The table's cells: its head, then a row for each model and sampler."""
     rows = [["model", "sampler", *(name if name != "FID" else fid for name in COLUMNS)]]
-    for entry in metrics:
-        values = [(entry[key or fid], form) for key, form in COLUMNS.values()]
+    for one in found:
+        values = [(one.value(key or fid), form) for key, form in COLUMNS.values()]
         cells = ["-" if value is None else form.format(value) for value, form in values]
-        rows.append([entry["model"], entry["sampler"], *cells])
+        rows.append([one.metrics["model"], one.metrics["sampler"], *cells])
+    return rows
+
+
+def table(rows: list[list[str]]) -> str:
+    """The cells as a Markdown table."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -68,19 +124,19 @@ class Claim:
         return f"{self.text}: {self.ratio:.3f} (asked: <= {self.most:g}){'' if self.holds else '   MISSED'}"
 
 
-def claims(metrics: list[dict], fid: str) -> list[Claim]:
+def claims(found: list[Evaluation], fid: str) -> list[Claim]:
     """The quickstart's claims: a lower FID in k calls, none lost by distillation, a straighter flow.
 
     Raises:
       KeyError: one of the models or samplers was not measured.
     """
-    found = {(entry["model"], entry["sampler"]): entry for entry in metrics}
-    student = next((model for model, _ in found if model.endswith("-SeqRF")), "k-SeqRF")
+    by_name = {(one.metrics["model"], one.metrics["sampler"]): one for one in found}
+    student = next((model for model, _ in by_name if model.endswith("-SeqRF")), "k-SeqRF")
     euler = f"Euler {student.partition('-')[0]}"
 
     def ratio(one, other, figure):
-        one, other = found[one][figure], found[other][figure]
-        return float("nan") if one is None or other is None else one / other
+        one, other = by_name[one].value(figure), by_name[other].value(figure)
+        return float("nan") if one is None or not other else one / other
 
     first, distilled = ("1-RF", euler), (f"{student}-Distill", euler)
     return [
@@ -98,29 +154,26 @@ def main() -> int:
     """The script: prints the table, writes it to report.md and draws the figure beside it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--html", action="store_true", help="also write report.html")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is larger than its bound")
     options = parser.parse_args()
-    metrics = last_metrics(options.workdir)
-    if not metrics:
-        sys.exit(
-            f"error: no <eval_folder>/step_<step>/metrics.json in {options.workdir}; run main.py --mode=eval first"
-        )
-    import figures
+    workdir, steps = options.workdir, evaluations(options.workdir)
+    if not steps:
+        sys.exit(f"error: no <eval_folder>/step_<step>/metrics.json in {workdir}; run main.py --mode=eval first")
+    import report_page
 
-    fid = fid_name(metrics)
-    print(table(metrics, fid))
-    curves = {}
-    for entry in metrics:
-        name = entry["model"] + (" ODE" if entry["sampler"] == "ODE" else "")
-        nfe, values = curves.setdefault(name, ([], []))
-        nfe.append(entry["nfe"])
-        values.append(entry[fid])
-    figures.draw_quality(options.workdir / "fid_against_nfe.png", curves, fid)
-    (options.workdir / "report.md").write_text(table(metrics, fid) + "\n")
-    print(f"\nfigure: {options.workdir / 'fid_against_nfe.png'}")
+    last = [each[-1] for each in steps]
+    fid = fid_name(last)
+    rows = rows_of(last, fid)
+    print(table(rows))
+    report_page.draw_fid(workdir / "fid_against_nfe.png", last, fid)
+    (workdir / "report.md").write_text(table(rows) + "\n")
+    print(f"\nfigure: {workdir / 'fid_against_nfe.png'}")
+    if options.html:
+        print(f"report: {report_page.write(workdir, steps, fid, rows)}")
     if not options.check:
         return 0
-    shown = claims(metrics, fid)
+    shown = claims(last, fid)
     print("", *shown, sep="\n")
     return int(not all(claim.holds for claim in shown))
 
