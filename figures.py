@@ -202,33 +202,28 @@ def draw_quality(
     _save(figure, path)
 
 
-def draw_histories(path: epath.PathLike, histories: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> None:
-    """A panel for each of `names` that was logged: its values against the step, a line for each history."""
-    logged = [name for name in names if any(name in line for lines in histories.values() for line in lines)]
-    figure, panels = _figure(columns=max(1, len(logged)), size=(5 * max(1, len(logged)), 3.5))
-    for name, axes in zip(logged, np.atleast_1d(panels), strict=True):
-        for label, lines in histories.items():
-            points = [(line["step"], _positive(line[name])) for line in lines if name in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, label=_plain(label))
-        axes.set(xlabel="update", ylabel=_plain(name), yscale="log")
-        axes.grid(visible=True, linewidth=0.3)
-        axes.legend()
+def draw_history(path: epath.PathLike, histories: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """What was logged as `name` against the step, a line for each history of lines {"step": ..., name: ...}."""
+    figure, axes = _figure()
+    for label, lines in histories.items():
+        points = [(line["step"], _positive(line[name])) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, label=_plain(label))
+    axes.set(xlabel="update", ylabel=_plain(name), yscale="log")
+    axes.grid(visible=True, linewidth=0.3)
+    axes.legend()
     _save(figure, path)
 
 
-def draw_straightness_of_models(path: epath.PathLike, curves: dict[str, dict[str, np.ndarray]]) -> None:
-    """The arrays of straightness.npz of several models, one panel for all of time and one for the segments."""
-    figure, panels = _figure(columns=2, size=(10, 3.8))
-    titles = {"curve": "straightness", "sequential_curve": "sequential straightness: within the segments"}
-    for (curve, title), axes in zip(titles.items(), panels, strict=True):
-        for name, arrays in curves.items():
-            ts = arrays["ts"]
-            area = float(np.sum(arrays[curve] * (ts[:-1] - ts[1:])))
-            axes.stairs(arrays[curve][::-1], ts[::-1], label=f"{_plain(name)}: {area:.4g}", baseline=None)
-        axes.set(xlim=(1, 0), ylim=(0, None), xlabel="t  (1: noise, 0: data)", title=title)
-        axes.legend()
-    panels[0].set(ylabel="squared deviation per unit of t")
+def draw_straightness_of_models(path: epath.PathLike, models: dict[str, dict[str, np.ndarray]], curve: str) -> None:
+    """One curve of several models' straightness.npz: 'curve' or 'sequential_curve'."""
+    figure, axes = _figure()
+    for name, arrays in models.items():
+        ts = arrays["ts"]
+        area = float(np.sum(arrays[curve] * (ts[:-1] - ts[1:])))
+        axes.stairs(arrays[curve][::-1], ts[::-1], label=f"{_plain(name)}: {area:.4g}", baseline=None)
+    axes.set(xlim=(1, 0), ylim=(0, None), xlabel="t  (1: noise, 0: data)", ylabel="squared deviation per unit of t")
+    axes.legend()
     _save(figure, path)
 
 

@@ -21,6 +21,7 @@ import figures
 
 STAGES = ("1_rf", "samples", "2_rf", "2_distill*")  # in the order in which they run
 HISTORY = ("loss", "gradient_norm", "learning_rate", "images_per_second")
+CURVES = {"curve": "straightness over all of time", "sequential_curve": "straightness within the segments"}
 SHOWN = 16  # samples in a row of the same noises
 GRID = 64  # images of samples.png
 PAIR_FACTS = (
@@ -59,8 +60,10 @@ def write(workdir: pathlib.Path, steps: list[list[Evaluation]], fid: str, rows: 
         claims=_claims(last, fid),
         floors=_floors(last, fid),
         pictures=_pictures(workdir, steps, stages, fid),
+        history=HISTORY,
+        curves=CURVES,
         samples=_sample_rows(workdir, last),
-        trajectories=_existing(last, "trajectory.png"),
+        trajectories=_existing([one for one in last if one.metrics["sampler"] == "ODE"], "trajectory.png"),
         nearest=_existing(last, "nearest.png"),
         pairs=_pair_facts(workdir),
         pair_pictures=[_picture(path, path.stem) for path in _files(workdir, "samples/*.png")],
@@ -99,6 +102,7 @@ def _values(last: list[Evaluation], name: str) -> list[float]:
 def _pictures(workdir, steps: list[list[Evaluation]], stages, fid: str) -> dict[str, Picture | None]:
     """The figures by the name that the template knows; None where there is nothing to draw."""
     last, folder = [each[-1] for each in steps], workdir / "report"
+    folder.mkdir(exist_ok=True)
     drawn: dict[str, Picture | None] = {"fid": _picture(workdir / "fid_against_nfe.png", f"{fid} against NFE")}
     for name, quality, axis in (
         ("rms", "rms_to_teacher", "RMS distance to the teacher's own sample"),
@@ -107,16 +111,17 @@ def _pictures(workdir, steps: list[list[Evaluation]], stages, fid: str) -> dict[
         if curves := _curves(last, quality):
             figures.draw_quality(folder / f"{name}.png", curves, axis)
         drawn[name] = _picture(folder / f"{name}.png", axis) if curves else None
-    straightness = _straightness(last)
-    if straightness:
-        figures.draw_straightness_of_models(folder / "straightness.png", straightness)
-    drawn["straightness"] = _picture(folder / "straightness.png", "straightness over time") if straightness else None
-    histories = {name: stage["history"] for name, stage in stages.items() if stage["history"]}
+    straightness, history = _straightness(last), {name: stage["history"] for name, stage in stages.items()}
+    for curve, shown in CURVES.items():
+        if straightness:
+            figures.draw_straightness_of_models(folder / f"{curve}.png", straightness, curve)
+        drawn[curve] = _picture(folder / f"{curve}.png", shown) if straightness else None
     checkpoints = {each[0].name: [one.metrics for one in each] for each in steps if len(each) > 1}
-    for name, lines, names in (("training", histories, HISTORY), ("checkpoints", checkpoints, (fid,))):
-        if lines:
-            figures.draw_histories(folder / f"{name}.png", lines, names)
-        drawn[name] = _picture(folder / f"{name}.png", name) if lines else None
+    for name, histories in [("checkpoints", checkpoints), *((name, history) for name in HISTORY)]:
+        value = fid if name == "checkpoints" else name
+        if is_logged := any(value in line for lines in histories.values() for line in lines):
+            figures.draw_history(folder / f"{name}.png", histories, value)
+        drawn[name] = _picture(folder / f"{name}.png", name.replace("_", " ")) if is_logged else None
     return drawn
 
 
@@ -170,7 +175,6 @@ def _cut_samples(one: Evaluation, path: pathlib.Path) -> bool:
     strip = Image.new("RGB", (rows * grid.width, int(height)), "white")
     for row in range(rows):
         strip.paste(grid.crop((0, row * int(height), grid.width, (row + 1) * int(height))), (row * grid.width, 0))
-    path.parent.mkdir(exist_ok=True)
     strip.save(path)
     return True
 

@@ -75,8 +75,26 @@ def test_losses_and_distances_are_drawn(tmp_path):
         (tmp_path / name).mkdir()
     figures.draw_loss(tmp_path / "loss" / "loss.png", [1, 2, 3], [0.5, 0.3, None])
     drawn(tmp_path / "loss" / "loss.png")
-    figures.draw_quality(tmp_path / "quality" / "fid.png", {"1-RF": ([1, 2], [3.0, 1.0]), "ODE": ([30], [0.5])}, "fid")
+    curves = {"1-RF $\\frac$": ([1, 2], [3.0, 1.0]), "ODE": ([30], [0.5])}  # dollars are no formula
+    figures.draw_quality(tmp_path / "quality" / "fid.png", curves, "fid", floor=0.3)
     drawn(tmp_path / "quality" / "fid.png")
+
+
+def test_histories_and_straightness_of_several_models_are_drawn(tmp_path, monkeypatch):
+    axes = []
+    save = figures._save
+    monkeypatch.setattr(figures, "_save", lambda figure, path: (axes.extend(figure.axes), save(figure, path)))
+    for name in ("history", "curve"):
+        (tmp_path / name).mkdir()
+    histories = {"1_rf": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}, {"step": 3}], "2_rf": [{"step": 1}]}
+    figures.draw_history(tmp_path / "history" / "loss.png", histories, "loss")
+    drawn(tmp_path / "history" / "loss.png")
+    assert [line.get_label() for line in axes[0].lines] == ["1_rf"]
+    np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), [0.5, np.nan])
+    models = {"1-RF": {"ts": np.array([1, 0.5, 0.2, 0]), "curve": np.array([1, 2, 4.0])}}
+    figures.draw_straightness_of_models(tmp_path / "curve" / "curve.png", models, "curve")
+    drawn(tmp_path / "curve" / "curve.png")
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["1-RF: 1.9"]
 
 
 def test_partition_is_drawn(tmp_path):

@@ -168,8 +168,8 @@ def test_the_page_needs_no_other_file_and_holds_everything(whole_run):
     page = Page(text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(attributes["src"].startswith("data:image/png;base64,") and attributes["alt"] for attributes in images)
-    # FID, RMS, checkpoints, straightness, training; a row of samples for each; one trajectory, the pairs.
-    assert len(images) == 5 + len(FIGURES) + 2
+    # FID, RMS, checkpoints, straightness twice, the loss; a row of samples for each; one trajectory, the pairs.
+    assert len(images) == 6 + len(FIGURES) + 2
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert {link.removeprefix("#") for link in links} == ids
