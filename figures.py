@@ -182,7 +182,7 @@ def draw_loss(path: epath.PathLike, steps: Sequence[int], losses: Sequence[float
 
 def draw_quality(
     path: epath.PathLike,
-    curves: dict[str, tuple[Sequence[float], Sequence[float | None]]],
+    curves: dict[str, tuple[list, list]],
     quality: str,
     floor: float | None = None,
 ) -> None:
@@ -196,7 +196,9 @@ def draw_quality(
         axes.plot(nfe, [_positive(value) for value in values], marker="o", linewidth=1, label=_plain(name))
     if floor is not None and floor > 0:
         axes.axhline(floor, color="gray", linewidth=1, linestyle="--", label=f"real images: {floor:.3g}")
-    axes.set(xscale="log", yscale="log", xlabel="NFE: network calls for a sample", ylabel=_plain(quality))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(yscale="log", xlabel="NFE: network calls for a sample", ylabel=_plain(quality))
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend()
     _save(figure, path)

@@ -34,6 +34,7 @@ def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
     second = tracker(tmp_path, resume_step=20)
     second.log(30, {"loss": 7.0})
     second.close()
+    assert second._wandb.id == first._wandb.id  # one run in wandb
     lines = json.loads((tmp_path / "stage" / "metrics.json").read_text())
     assert [line["step"] for line in lines] == [10, 20, 30]
     assert lines[-1]["loss"] == 7.0
@@ -61,6 +62,16 @@ def test_branches_share_a_wandb_run_and_keep_files_of_their_own(tmp_path):
     for folder, fid in (("stage", 2.0), ("other", 3.0)):
         assert json.loads((tmp_path / folder / "metrics.json").read_text()) == [{"step": 1, "fid": fid}]
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_wandb_may_be_disabled(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = tracker(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.record({"seed": 1})
+    run.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+    assert json.loads((tmp_path / "stage" / "metrics.json").read_text()) == [{"step": 1, "loss": 1.0}]
 
 
 def test_other_hosts_write_nothing(tmp_path):
