@@ -348,6 +348,10 @@ def _draw_snapshot(run: _Run, state: losses.TrainState):
     if run.real:
         count, size = config.training.snapshot_fid_sample, config.eval.batch_size
         quality, images = evaluation.sample_quality(sampler, params, count, size, real=run.real, centered=centered)
+        boundaries, noises = _measured_boundaries(config, sampler), config.eval.straightness_samples
+        straight = evaluation.trajectory_metrics(sampler, params, boundaries, noises, size)
+        quality["straightness"] = straight.straightness
+        quality["sequential_straightness"] = straight.sequential_straightness
         run.tracker.log(step, quality)
         run.tracker.flush()
     else:
@@ -412,6 +416,11 @@ def real_data_of(config: Config) -> real_data.RealData:
         network=settings.feature_network,
     )
     return real_data.of_config(config.data, options, settings.batch_size)
+
+
+def _measured_boundaries(config, sampler: Sampler) -> np.ndarray:
+    """[k + 1] of sequential straightness; of a 1-RF those of the segments that it would be cut into."""
+    return sampler.boundaries if config.model.rf_phase == 2 else segments.uniform_boundaries(config.eval.segments)
 
 
 def _tracker(config, folder, workdir, name: str, **options) -> tracking.Tracker:
@@ -682,13 +691,11 @@ def _pair_sets(workdir, source: sources.CheckpointRef) -> dict[str, str]:
 
 
 def _protocol(config, sampler: Sampler, real: real_data.RealData) -> evaluation.Protocol:
-    # The sequential straightness of a 1-RF is measured over the segments that it would be cut into.
-    is_segmented = config.model.rf_phase == 2
     return evaluation.Protocol(
         num_samples=config.eval.num_samples,
         straightness_samples=config.eval.straightness_samples,
         batch_size=config.eval.batch_size,
-        boundaries=sampler.boundaries if is_segmented else segments.uniform_boundaries(config.eval.segments),
+        boundaries=_measured_boundaries(config, sampler),
         centered=config.data.centered,
         time_grid=config.sampling.time_grid,
         save_trajectory=config.eval.save_trajectory,

@@ -50,9 +50,11 @@ def write(workdir: pathlib.Path, steps: list[list[Evaluation]], fid: str, rows: 
     last = [each[-1] for each in steps]
     stages = _stages(workdir)
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(loader=loader, autoescape=True, **options).get_template("report_page.html")
-    page = template.render(
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report_page.html").render(
         title=workdir.resolve().name,
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         fid=fid,

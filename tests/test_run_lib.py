@@ -390,7 +390,7 @@ def test_snapshots_are_measured_and_too_few_samples_refused_before_training(tmp_
     run_lib.train(tiny_config(training={"snapshot_fid_sample": 16}), tmp_path)
     lines = {line["step"]: line for line in json.loads((tmp_path / "1_rf" / "metrics.json").read_text())}
     assert [step for step, line in lines.items() if "fid_digits_classifier" in line] == [0, 4, 6]
-    assert {"loss", "nfe", "fid_digits_classifier"} <= lines[4].keys()
+    assert {"loss", "nfe", "fid_digits_classifier", "straightness", "sequential_straightness"} <= lines[4].keys()
 
 
 def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workdir, tmp_path, monkeypatch):
