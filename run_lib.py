@@ -405,17 +405,21 @@ def _sampler_options(config) -> dict[str, Any]:
     return {"method": "ode", "tol": settings.tol, "solver": settings.solver, "error_norm": settings.error_norm}
 
 
-def real_data_of(config: Config) -> real_data.RealData:
-    """What an evaluation with this configuration compares samples with. Errors as `real_data.of_config`."""
+def real_data_options(config: Config) -> real_data.Options:
+    """Which feature network and which real images `config.eval` asks for."""
     settings = config.eval
-    options = real_data.Options(
+    return real_data.Options(
         inception_path=settings.inception_path,
         feature_backend=settings.feature_backend,
         file=settings.reference,
         max_real=settings.max_real,
         network=settings.feature_network,
     )
-    return real_data.of_config(config.data, options, settings.batch_size)
+
+
+def real_data_of(config: Config) -> real_data.RealData:
+    """What an evaluation with this configuration compares samples with. Errors as `real_data.of_config`."""
+    return real_data.of_config(config.data, real_data_options(config), config.eval.batch_size)
 
 
 def _measured_boundaries(config, sampler: Sampler) -> np.ndarray:

@@ -2,6 +2,12 @@
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -242,3 +248,42 @@ def test_a_reference_solve_out_of_reach_is_an_error_with_the_remedy():
     tested = sampler_of(Explosive(), EULER | {"num_scales": 1})
     with pytest.raises(InputError, match=r"not finite with .*1e-06.*use a checkpoint that was trained longer"):
         evaluation.reference_samples(tested, {}, 2, 2)
+
+
+def evaluated(folder, hosts, devices):
+    """Runs tests/shared_evaluation.py in `hosts` processes of `devices` devices each; the metrics of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = pathlib.Path(__file__).with_name("shared_evaluation.py")
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    if hosts > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    started = [
+        subprocess.Popen([sys.executable, str(script), str(folder)], env=environment | {"JAX_PROCESS_ID": str(place)})
+        for place in range(hosts)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0] * hosts
+    return [json.loads((folder / f"metrics_{place}.json").read_text()) for place in range(hosts)]
+
+
+def test_two_hosts_measure_what_one_measures_each_its_share(tmp_path):
+    alone, *_ = evaluated(tmp_path / "one", 1, 3)
+    first, second = evaluated(tmp_path / "two", 2, 1)
+    assert first == second
+    assert first.keys() == alone.keys()
+    assert first["own_images"] == 12  # of whole batches of 8: half of 24; three devices take 9 at a time
+    timed = ("seconds_per_1000", "own_images")
+    for name, value in alone.items():
+        if name not in timed:
+            assert first[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    saved = [np.load(tmp_path / path) for path in ("one/samples_0.npz", "two/samples_0.npz", "two/samples_1.npz")]
+    for other in saved[1:]:
+        np.testing.assert_array_equal(other["images"], saved[0]["images"])
+        np.testing.assert_allclose(other["features"], saved[0]["features"], atol=1e-6)
+    assert {path.name for path in (tmp_path / "two/host_0").iterdir()} >= {
+        "samples.png",
+        "nearest.png",
+        "trajectory.npz",
+    }
+    assert not (tmp_path / "two/host_1").exists()  # the first one draws
