@@ -250,11 +250,12 @@ def _nearest(real: RealData, samples: Samples, count: int) -> dict[str, Nearest]
     """{'features': ..., 'pixels': ...} of the first `count` samples, of those that can be compared."""
     found = {}
     if count and real.features is not None:
-        found["features"] = Nearest(*distances.nearest(samples.features[:count], distances.blocks(real.features)))
+        apart, rows = distances.nearest(samples.features[:count], distances.blocks(real.features))
+        found["features"] = Nearest(apart, real.numbers[rows])
     if count and real.images is not None:
         flat = samples.images[:count].reshape(-1, math.prod(samples.images.shape[1:]))
-        rows, numbers = distances.nearest(flat, distances.blocks(real.images.reshape(-1, flat.shape[1])))
-        found["pixels"] = Nearest(rows / (255 * math.sqrt(flat.shape[1])), numbers)
+        apart, rows = distances.nearest(flat, distances.blocks(real.images.reshape(-1, flat.shape[1])))
+        found["pixels"] = Nearest(apart / (255 * math.sqrt(flat.shape[1])), rows)
     return found
 
 

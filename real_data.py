@@ -78,6 +78,12 @@ class RealData:
         return self.record.get("images")
 
     @property
+    def numbers(self) -> Int[np.ndarray, "n"]:
+        """The numbers of the images whose features are kept."""
+        assert self.features is not None
+        return spread(self.count or len(self.features), len(self.features))
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: the record without the bits of features, which differ between machines."""
         return {name: value for name, value in self.record.items() if name != "sha256" or "file" in self.record}

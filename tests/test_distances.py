@@ -46,7 +46,7 @@ def frechet_by_singular_values(a, b):
     return np.sum((a.mean(0, np.float64) - b.mean(0, np.float64)) ** 2) + np.sum(x**2) + np.sum(y**2) - 2 * root
 
 
-@pytest.mark.parametrize(("n", "d"), [(10, 30), (300, 2048), (700, 500)])
+@pytest.mark.parametrize(("n", "d"), [(10, 30), (150, 2048), (700, 500)])
 def test_frechet_distance_of_covariances_without_inverse(n, d):
     a, b = random_features(n, d, 0), random_features(n + 20, d, 1, shift=0.1)
     a[:, 1] = a[:, 0]  # also where there are more samples than features
@@ -135,6 +135,20 @@ def test_kernel_distance_is_unbiased_and_its_error_covers_the_truth():
     assert found.min() < 0
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(200)
     assert np.mean(errors**2) >= found.var()  # conservative where the statistic is degenerate
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_distances_of_2048_features_without_full_rank(scale):
+    a, b = (scale * random_features(n, 2048, seed)[:, :1024] for n, seed in ((700, 0), (600, 1)))
+    a, b = (np.concatenate([x, x + np.float32(0.1)], axis=1) for x in (a, 1.02 * b))
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    within = [(np.sum(k) - np.trace(k)) / (len(k) * (len(k) - 1)) for k in ((z @ z.T / 2048 + 1) ** 3 for z in (x, y))]
+    expected = sum(within) - 2 * np.mean((x @ y.T / 2048 + 1) ** 3)
+    assert distances.kernel_distance(a, b) == pytest.approx(expected, rel=1e-4, abs=1e-12 * sum(within))
+    apart = pairwise_distances(y, x)
+    radii = [np.sort(pairwise_distances(z), axis=1)[:, 3] for z in (x, y)]
+    shares = np.mean((apart <= radii[0]).any(1)), np.mean((apart <= radii[1][:, None]).any(0))
+    assert distances.precision_recall(a, b) == pytest.approx(shares, abs=1e-9)
 
 
 def test_kernel_distance_of_two_samples_has_no_error():

@@ -62,6 +62,7 @@ def test_many_images_all_count_for_the_moments_and_some_are_kept(source, tmp_pat
     expected = first_pixels(source.read(0, 23))[0]
     np.testing.assert_allclose(found.moments.covariance, np.cov(expected.astype(float), rowvar=False))
     np.testing.assert_array_equal(found.features, expected[[0, 3, 6, 9, 13, 16, 19]])
+    np.testing.assert_array_equal(expected[found.numbers], found.features)
     assert (found.count, found.record["features_kept"]) == (23, 7)
 
 
