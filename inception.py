@@ -7,7 +7,9 @@ import os
 import tempfile
 import threading
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import absl.logging
@@ -155,12 +157,17 @@ def _folder_of(path: str) -> epath.Path:
     )
     if not _answers(f"{HANDLE}?tf-hub-format=compressed", HUB_SECONDS):
         raise InputError(f"the Inception network is not in {hub} and {HANDLE} cannot be reached; {remedy}")
-    import tensorflow_hub
-
     try:
-        return epath.Path(tensorflow_hub.resolve(HANDLE))
+        return epath.Path(_tensorflow_hub().resolve(HANDLE))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{HANDLE} cannot be downloaded ({error}); {remedy}") from error
+
+
+def _tensorflow_hub() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports what setuptools deprecates; setuptools is pinned
+        import tensorflow_hub
+    return tensorflow_hub
 
 
 def _answers(url: str, seconds: float) -> bool:
@@ -184,10 +191,8 @@ def _load(folder: epath.Path) -> Callable:
       InputError: it cannot be loaded, or does not return features and logits.
     """
     tf = tensorflow_on_cpu()
-    import tensorflow_hub
-
     try:
-        model = tensorflow_hub.load(str(folder))
+        model = _tensorflow_hub().load(str(folder))
         outputs = model(tf.zeros([1, SIZE, SIZE, 3]))
         missing = [name for name in ("pool_3", "logits") if name not in outputs]
     except (OSError, TypeError, ValueError, tf.errors.OpError) as error:
