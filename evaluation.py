@@ -84,18 +84,19 @@ class Floor:
       images: 'test' or 'validation', the split that is compared with the reference; 'halves': one half of the reference
         is compared with the other.
       samples: how many images are compared ...
-      reference_samples: ... with how many.
+      reference_samples: ... with how many; None where the reference is a file that does not say.
     """
 
     images: str
     samples: int
-    reference_samples: int
+    reference_samples: int | None
     distances: dict[str, float]
 
     def metrics(self) -> dict[str, float | int]:
         """As metrics.json has them."""
-        counts = {"samples": self.samples, "reference_samples": self.reference_samples}
-        return {f"floor_{name}": value for name, value in (self.distances | counts).items()}
+        found: dict[str, float | int | None] = {**self.distances, "samples": self.samples}
+        found["reference_samples"] = self.reference_samples
+        return {f"floor_{name}": value for name, value in found.items() if value is not None}
 
 
 def floor(
@@ -188,16 +189,17 @@ def draw_samples(
       InputError: the solver could not reach its tolerance.
     """
     cost, images = Cost(), []
-    arrays: tuple[np.ndarray, ...] = ()
+    arrays: list[np.ndarray] = []
     for first, x in sampler.device_samples(params, count, batch_size, cost):
         levels = _levels_program(centered)(x)
         found = parallel.gather(network.measure(levels))
-        arrays = arrays or tuple(np.empty((count, part.shape[1]), np.float32) for part in found)
+        arrays = arrays or [np.empty((count, part.shape[1]), np.float32) for part in found]
         for array, part in zip(arrays, found, strict=True):
             array[first : first + len(part)] = part[: count - first]
         if first < kept_images:
             images.append(parallel.gather(np.asarray(levels).reshape(-1, *sampler.image_shape)))
-    return Samples(*arrays, np.concatenate(images)[: min(kept_images, count)], cost)
+    features_of_all, logits = arrays
+    return Samples(features_of_all, logits, np.concatenate(images)[: min(kept_images, count)], cost)
 
 
 @functools.cache

@@ -122,8 +122,10 @@ def cached(
     """
     path = (cache_folder() if cache_dir is None else epath.Path(cache_dir)) / name
     found = _read_arrays(path)
-    is_found = found is not None
-    if parallel.gather(np.array([is_found])).all() if shared else is_found:
+    is_missing = found is None
+    if shared:
+        is_missing = bool(parallel.gather(np.array([is_missing])).any())
+    if found is not None and not is_missing:
         return found
     computed: dict[str, Any] = compute()
     try:

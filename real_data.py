@@ -189,7 +189,7 @@ def of_features(
     network: FeatureNetwork, pool: Float[np.ndarray, "n d"], record: dict[str, Any] | None = None
 ) -> RealData:
     """Of features [n, d] that are at hand."""
-    record = {"images": len(pool), "sha256": hashlib.sha256(np.ascontiguousarray(pool)).hexdigest()} | (record or {})
+    record = {"images": len(pool), "sha256": hashlib.sha256(pool.tobytes()).hexdigest()} | (record or {})
     return RealData(network, distances.moments(distances.blocks(pool)), pool, distances.kernel_sums(pool), record)
 
 
@@ -213,7 +213,7 @@ def _arrays(found: Moments, pool: np.ndarray, sums: np.ndarray, record: dict[str
     """What a file holds; `mu`, `sigma` and `pool_3` are the names that others' files and programs use."""
     digest = hashlib.sha256()
     for array in (found.mean, found.covariance, pool):
-        digest.update(np.ascontiguousarray(array))
+        digest.update(memoryview(np.ascontiguousarray(array)))
     record = record | {"features_kept": len(pool), "sha256": digest.hexdigest()}
     return {
         "mu": found.mean,
@@ -280,7 +280,7 @@ def read_file(path: epath.PathLike, network: FeatureNetwork, data: Any) -> RealD
     else:
         _check_record(path, record, network, data)
     pool = arrays.get("pool_3")
-    found = Moments(arrays["mu"], arrays["sigma"]) if "mu" in arrays else distances.moments([pool])
+    found = Moments(arrays["mu"], arrays["sigma"]) if "mu" in arrays else distances.moments([arrays["pool_3"]])
     _check_width(path, found, pool, network, data)
     if pool is not None and "kernel_sums" not in arrays:
         pool = pool[spread(len(pool), KEPT)]
@@ -357,4 +357,5 @@ def write_file(path: epath.PathLike, real: RealData) -> None:
     """
     assert real.features is not None
     assert real.kernel_sums is not None
-    utils.write_arrays(path, **_arrays(real.moments, real.features, real.kernel_sums, real.record))
+    arrays: dict[str, Any] = _arrays(real.moments, real.features, real.kernel_sums, real.record)
+    utils.write_arrays(path, **arrays)

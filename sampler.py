@@ -50,7 +50,7 @@ class Cost:
     def summary(self) -> dict[str, float | int]:
         """Mean NFE of a batch, mean and maximum NFE of an image, seconds for 1000 samples; of all hosts together."""
         nfe, each = (parallel.gather(np.concatenate(x).astype(np.float32)) for x in (self.nfe, self.nfe_each))
-        images, seconds = parallel.gather(np.float32([[self.images, self.seconds]])).T
+        images, seconds = parallel.gather(np.array([[self.images, self.seconds]], np.float32)).T
         return {
             "nfe": float(np.mean(nfe, dtype=np.float64)),
             "nfe_mean": float(np.mean(each, dtype=np.float64)),

@@ -12,6 +12,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -22,7 +23,7 @@ def save_random_inception(folder: pathlib.Path) -> None:
     """Writes a SavedModel that maps images to 'pool_3' and 'logits' as TF-GAN's does."""
     import runtime
 
-    tf = runtime.tensorflow_on_cpu()
+    tf: Any = runtime.tensorflow_on_cpu()
     import tf_keras
 
     tf_keras.utils.set_random_seed(0)

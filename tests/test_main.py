@@ -131,7 +131,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
 def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
     lengths = ["--config.training.n_iters=4", "--config.training.n_jitted_steps=2", "--config.training.batch_size=8"]
     arguments = [DIGITS, "--mode=train", FIRST, *TINY, *lengths]
-    # The first host alone draws: the other must neither wait for it in a snapshot nor leave it at the end.
+    # The hosts share the samples of a snapshot, and the first one draws.
     arguments += ["--config.training.snapshot_freq_for_preemption=2", "--config.training.snapshot_sampling=True"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
