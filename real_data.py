@@ -213,7 +213,7 @@ def _arrays(found: Moments, pool: np.ndarray, sums: np.ndarray, record: dict[str
     """What a file holds; `mu`, `sigma` and `pool_3` are the names that others' files and programs use."""
     digest = hashlib.sha256()
     for array in (found.mean, found.covariance, pool):
-        digest.update(memoryview(np.ascontiguousarray(array)))
+        digest.update(array.tobytes())
     record = record | {"features_kept": len(pool), "sha256": digest.hexdigest()}
     return {
         "mu": found.mean,
