@@ -163,7 +163,8 @@ def _sample_rows(workdir, last: list[Evaluation]) -> list[tuple[str, str, Pictur
 
 def _cut_samples(one: Evaluation, path: pathlib.Path) -> bool:
     """Writes the first rows of the grid samples.png beside each other; False where there is no such grid."""
-    count = min(GRID, _inner(one.metrics, "settings").get("num_samples") or GRID)
+    given = _inner(one.metrics, "settings").get("num_samples")
+    count = min(GRID, given) if isinstance(given, int) and given > 0 else GRID
     try:
         with Image.open(one.folder / "samples.png", formats=["PNG"]) as picture:
             grid = picture.convert("RGB")
@@ -268,7 +269,7 @@ def _how_measured(one: Evaluation) -> tuple[str, dict[str, str]]:
         "batch": settings.get("batch_size"),
         "devices": settings.get("devices"),
         "images/s, sampling": one.value("seconds_per_1000") and f"{1000 / one.metrics['seconds_per_1000']:.4g}",
-        "seconds, everything": record.get("seconds") and f"{record['seconds']:.4g}",
+        "seconds, everything": record.get("seconds"),
         "code": commit and f"{commit}{', changed' if record.get('dirty') else ''}",
         "versions": record.get("versions"),
         "pairs": record.get("pairs"),

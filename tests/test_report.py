@@ -145,7 +145,8 @@ def whole_run(tmp_path_factory):
         ts = np.linspace(1, 0, 9)
         np.savez(step / "straightness.npz", ts=ts, curve=np.ones(8), sequential_curve=np.zeros(8))
     write(workdir, "1rf_ode", step=5, settings={"num_samples": 64})
-    write(workdir, "2seqrf_ode", step=10, model=HOSTILE, sampler=HOSTILE, settings=settings, provenance=record)
+    odd = {"settings": settings | {"num_samples": HOSTILE}, "provenance": record | {"seconds": HOSTILE}}
+    write(workdir, "2seqrf_ode", model=HOSTILE, sampler=HOSTILE, **odd)
     samples(workdir / "1rf_ode" / "step_10" / "trajectory.png", 4)
     for stage in ("1_rf", "2_rf"):
         (workdir / stage).mkdir()
