@@ -29,7 +29,7 @@ from utils import InputError, disk_error, is_local, read_json, write_json
 logger = logging.getLogger("seqrf")
 
 _SETTINGS = "run.json"
-_DAMAGED = "incomplete or corrupt checkpoint"
+_DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
 
 
 def make_metadata(
