@@ -1,3 +1,9 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +12,8 @@ import pytest
 import parallel
 from parallel import Host
 from utils import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_hosts_share_a_batch_and_items():
@@ -62,3 +70,43 @@ def test_the_host_runs_ahead_of_the_devices_by_at_most_two_calls(monkeypatch):
         unfinished.append(call + 1 - len(finished))
     assert finished == [0, 1, 2, 3]  # in the order of dispatch
     assert max(unfinished) + 1 <= parallel.MAX_IN_FLIGHT  # with the next call, before it is added
+
+
+STOPS = """
+import os, signal, time
+import runtime
+runtime.set_environment()
+with runtime.preemption.handled():
+    runtime.start_hosts()
+    import jax
+    import parallel
+    any_host = parallel.AnyHost()
+    for call in range(1, 1000):
+        if jax.process_index() == 1 and call == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not runtime.preemption.requested:
+                time.sleep(0.01)
+        if any_host(runtime.preemption.requested is not None):
+            print("stopped at", call, runtime.preemption.stopped("now").agreed, flush=True)
+            break
+"""
+
+
+def test_all_hosts_stop_at_the_same_call_where_one_is_signalled():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STOPS],
+            cwd=ROOT,
+            env=hosts | {"JAX_PROCESS_ID": str(place)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in (0, 1)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [out.splitlines()[-1:] for out, _ in said] == [["stopped at 6 True"]] * 2, said
