@@ -5,11 +5,22 @@ import re
 import subprocess
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from configs.check import check_config
 from configs.default import get_default_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/recipes.md", "model_zoo/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/method.md",
+    "docs/recipes.md",
+    "docs/your_own_images.md",
+    "model_zoo/README.md",
+]
 
 
 def sources() -> list[pathlib.Path]:
@@ -65,3 +76,26 @@ def test_code_cites_sections_of_the_method():
     for path in sources():
         cited = re.findall(r"method\.md`?,? sections? (\d+)(?: and (\d+))?", path.read_text())
         assert {number for pair in cited for number in pair if number} <= sections, path
+
+
+def main_commands(page: pathlib.Path) -> list[list[str]]:
+    """The arguments of every main.py command in a page's shell blocks, as the shell passes them."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    stubs = 'source() { :; }; python() { printf "%s\\n" "$*"; }\n'
+    done = subprocess.run(["bash", "-euc", stubs + "".join(blocks)], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines() if line.startswith("main.py ")]
+
+
+def test_the_tutorials_commands_are_accepted(monkeypatch):
+    commands = main_commands(ROOT / "docs" / "your_own_images.md")
+    assert len(commands) == 7
+    for command in commands:
+        values = flags.FlagValues()
+        config = config_flags.DEFINE_config_file("config", flag_values=values)
+        flags.DEFINE_enum("mode", None, ["train", "eval", "sample"], "", flag_values=values)
+        for name in ("workdir", "eval_folder"):
+            flags.DEFINE_string(name, None, "", flag_values=values)
+        monkeypatch.setattr("sys.argv", command)  # where ml_collections looks for the overrides
+        assert values(command) == ["main.py"]  # nothing is left over
+        check_config(values.config, values.mode)
+        assert config.value.data.dataset == "IMAGES"
