@@ -51,7 +51,6 @@ def main(folder: str) -> None:
         centered=True,
         precision_recall_samples=20,
         nearest_samples=7,
-        save_trajectory=True,
         floor=evaluation.floor(real, {}, 8, None, cache),
     )
     sampler = sampler_of(Gaussian(), EULER, UNEVEN)

@@ -263,7 +263,7 @@ def evaluated(folder, hosts, devices):
         subprocess.Popen([sys.executable, str(script), str(folder)], env=environment | {"JAX_PROCESS_ID": str(place)})
         for place in range(hosts)
     ]
-    assert [process.wait(timeout=300) for process in started] == [0] * hosts
+    assert [process.wait(timeout=600) for process in started] == [0] * hosts
     return [json.loads((folder / f"metrics_{place}.json").read_text()) for place in range(hosts)]
 
 
