@@ -419,6 +419,7 @@ def make_train_step(
     variable_ema_rate: bool,
     on_policy: OnPolicy | None = None,
     drop_nonfinite: bool = False,
+    accumulate: int = 1,
 ) -> Callable:
     """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, values), n updates.
 
@@ -435,6 +436,8 @@ def make_train_step(
       on_policy: for batches with "states".
       drop_nonfinite: an update with a value that is not finite changes nothing but the count of updates. That is
         `optax.apply_if_finite` without its counters, which would change what a checkpoint holds.
+      accumulate: the parts of a device's batch whose gradients are computed one after another and averaged; they bound
+        the memory, and what an example is does not depend on them. They divide its rows.
     """
 
     def batch_loss(params: Any, wanted: Targets, dropout_key: Array) -> Array:
@@ -449,7 +452,8 @@ def make_train_step(
         wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
         # Dropout alone depends on how the batch is shared: its masks are drawn for a device's whole batch.
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1), state.step), device)
-        value, gradient = jax.value_and_grad(batch_loss)(state.params, wanted, dropout_key)
+        loss_and_gradient = functools.partial(jax.value_and_grad(batch_loss), state.params)
+        value, gradient = _mean_over_parts(loss_and_gradient, wanted, dropout_key, accumulate)
         gradient = parallel.mean_over_devices(gradient)
         change, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
@@ -477,7 +481,7 @@ def make_train_step(
             updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
         return updated, values
 
-    return _repeated(update)
+    return functools.partial(_scan, update)
 
 
 def _stored_rows(batch) -> int:
@@ -499,17 +503,28 @@ def _with_on_policy_pairs(velocity, batch, device, on_policy: OnPolicy | None):
     return {name: rows for name, rows in batch.items() if name != "states"} | {"on_policy": pairs}
 
 
-def _repeated(update):
-    """`update` of (state, batch) for stacked batches."""
+def _mean_over_parts(function, wanted: Targets, dropout_key, parts: int):
+    """The mean of `function` of (targets, dropout key) over equal parts of `wanted`, each with masks of its own."""
+    if parts == 1:
+        return function(wanted, dropout_key)
 
-    def updates(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Array]]:
-        if jax.default_backend() != "cpu":
-            return jax.lax.scan(update, state, batches)
-        # On a CPU, XLA runs the gradient of a convolution ten times slower inside a loop, so this one is written out.
-        values = []
-        for n in range(len(jax.tree.leaves(batches)[0])):
-            state, value = update(state, jax.tree.map(lambda rows, n=n: rows[n], batches))
-            values.append(value)
-        return state, jax.tree.map(lambda *rows: jnp.stack(rows), *values)
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
-    return updates
+    rows = jax.tree.map(lambda rows: rows.reshape(parts, -1, *rows.shape[1:]), wanted)
+    keys = jax.random.split(dropout_key, parts)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, wanted, dropout_key))
+    total, _ = _scan(add, zeros, (rows, keys))
+    return jax.tree.map(lambda value: value / parts, total)
+
+
+def _scan(function, carry, rows):
+    """`jax.lax.scan` of (carry, row) -> (carry, value) over `rows`: (the last carry, the values stacked)."""
+    if jax.default_backend() != "cpu":
+        return jax.lax.scan(function, carry, rows)
+    # On a CPU, XLA runs the gradient of a convolution ten times slower inside a loop, so this one is written out.
+    values = []
+    for n in range(len(jax.tree.leaves(rows)[0])):
+        carry, value = function(carry, jax.tree.map(lambda row, n=n: row[n], rows))
+        values.append(value)
+    return carry, jax.tree.map(lambda *value: jnp.stack(value), *values)

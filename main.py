@@ -14,14 +14,21 @@ flags.DEFINE_string("workdir", None, "The folder of this run: checkpoints, pairs
 flags.DEFINE_enum("mode", None, ["train", "eval", "sample"], "train makes pairs too: --config.training.reflow_mode.")
 flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for the results of eval and sample.")
 flags.DEFINE_string("log_name", "seqrf", "The name of the run in Weights & Biases.")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first of several hosts.")
+flags.DEFINE_integer("num_processes", None, "The number of processes; 1: alone, whatever a cluster says.")
+flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits in every run, at some cost in speed.")
 flags.mark_flags_as_required(["workdir", "config", "mode"])
 
 
+@runtime.failures_shared()
 def main(argv: list[str]):
     """Dispatches to `run_lib`; imports it late, so that --help and wrong flags answer at once."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")
     config = _config()
+    hosts = {name: FLAGS[name].value for name in runtime.HOST_SETTINGS}
+    runtime.set_environment(deterministic=FLAGS.deterministic, **hosts)
     with runtime.preemption.handled():
         _run(config)
 
@@ -41,7 +48,7 @@ def _run(config):
             runtime.preemption.check()  # too late to matter, but a script must not go on to its next command
     except runtime.Preempted as stop:
         print(f"{stop}; resume with the same command", file=sys.stderr, flush=True)
-        runtime.leave(stop)
+        runtime.leave(stop.exit_code, agreed=stop.agreed)
     except InputError as error:
         _end(str(error))
     except Exception as error:
@@ -52,7 +59,7 @@ def _run(config):
 
 def _end(message):
     print(f"error: {' '.join(message.split())}".replace(" ;", ";"), file=sys.stderr, flush=True)
-    sys.exit(2)
+    runtime.leave(2)
 
 
 def _parsed_flags(argv):
@@ -78,5 +85,4 @@ def _config():
 
 
 if __name__ == "__main__":
-    runtime.set_environment()
     app.run(main, flags_parser=_parsed_flags)

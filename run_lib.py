@@ -132,7 +132,7 @@ def _prepare(config: Config, mode: str) -> Config:
     config = _resolve_segments(config)
     runtime.start_hosts()
     runtime.set_up_compilation_cache(features.cache_folder() / "compiled")
-    check_batches(config, mode, devices=jax.device_count(), local_devices=jax.local_device_count())
+    check_batches(config, mode, devices=jax.device_count())
     return config
 
 
@@ -240,8 +240,11 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
     state = parallel.replicate(state)
     run_ahead, any_host, values = parallel.RunAhead(), parallel.AnyHost(), _update_values(run)
     rates, pace = _learning_rates(run.config), updates.Pace(training.batch_size)
+    calls = _calls(training, data, step, pace)
+    if training.profile and parallel.is_first_host():
+        calls = updates.profiled(calls, run.folder / "profile")
     with tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None) as progress:
-        for batch, count in _calls(training, data, step, pace):
+        for batch, count in calls:
             state, computed = program(state, batch)
             run_ahead.add(computed)
             before, step = step, step + count
@@ -302,6 +305,7 @@ def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable
         variable_ema_rate=config.model.variable_ema_rate,
         on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,
         drop_nonfinite=training.nan_policy == "skip",
+        accumulate=training.accumulate,
     )
 
 
@@ -398,6 +402,12 @@ def _sampler(config, model, boundaries) -> Sampler:
     )
 
 
+def _sampling_settings(config) -> dict[str, Any]:
+    """What the configuration says of sampling, as an evaluation's settings have it."""
+    rounded = {} if config.model.dtype == "float32" else {"dtype": config.model.dtype}
+    return config.sampling.to_dict() | {"num_scales": config.model.num_scales} | rounded
+
+
 def _sampler_options(config) -> dict[str, Any]:
     settings = config.sampling
     if settings.method == "pc":
@@ -464,7 +474,7 @@ def _generate_pairs(config, workdir: epath.Path, log_name: str):
         summary = reflow.generate(
             plan,
             images,
-            functools.partial(models.velocity_fn, model),
+            functools.partial(models.velocity_fn, models.in_float32(model)),
             teacher,
             batch_size=config.training.gen_reflow_size,
             worker=worker,
@@ -656,7 +666,7 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData
         params,
         protocol,
         real,
-        sampling=config.sampling.to_dict() | {"num_scales": config.model.num_scales},
+        sampling=_sampling_settings(config),
         data=f"{config.data.dataset} {config.data.category}".strip(),
     )
     if checkpoint.teacher:

@@ -4,6 +4,7 @@ Importing this module imports nothing heavy, so that `main.py --help` answers at
 """
 
 import contextlib
+import faulthandler
 import logging
 import os
 import re
@@ -12,26 +13,39 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 logger = logging.getLogger("seqrf")
 
 HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws snapshots
+HEARTBEAT_SECONDS = 30  # of silence, after which a host counts as dead
+JOIN_SECONDS = 300
+# What collectives say when a host has gone: a status, then Gloo (CPU), NCCL (GPU) or the coordination service (all).
+LOST_HOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|[Pp]eer|heartbeat|unhealthy|[Cc]oordination)")
+HOST_SETTINGS: dict[str, Callable] = {"coordinator_address": str, "num_processes": int, "process_id": int}
 # What TensorFlow's libraries write in every import: information, and that jax has registered the GPU's plugins already.
 STARTUP_MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::Init|I\d{4} |\S+ \S+: I |.*(factory for plugin|computation_placer)"
 )
 
 
-def set_environment() -> None:
-    """Environment variables that libraries read when they are imported, unless the user has set them.
+def set_environment(*, deterministic: bool = False, **hosts: str | int | None) -> None:
+    """Environment variables that libraries read when they are imported: call it before.
 
     EQX_ON_ERROR is set by sampling.py, which is a library too and must have it before diffrax.
+
+    Args:
+      deterministic: on a GPU, XLA picks kernels that give the same bits in every run.
+      hosts: coordinator_address, num_processes, process_id, as `start_hosts` takes them; None: not given.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's C++ lines after its import: errors only
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `Preemption`
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    os.environ.update({f"JAX_{name.upper()}": str(value) for name, value in hosts.items() if value is not None})
 
 
 class _Formatter(logging.Formatter):
@@ -129,26 +143,95 @@ class Preemption:
 preemption = Preemption()  # of this process
 
 
-def leave(stop: Preempted) -> None:
-    """Ends the process with the exit status of `stop`, where its hosts did not agree without waiting for them."""
-    import jax
-
-    if jax.process_count() > 1 and not stop.agreed:
-        os._exit(stop.exit_code)
-    sys.exit(stop.exit_code)
-
-
 def start_hosts() -> None:
-    """Joins the hosts of a job: JAX_PROCESS_ID of JAX_NUM_PROCESSES at JAX_COORDINATOR_ADDRESS, where that is set."""
+    """Joins the hosts of this job, where the environment names them; else this process works alone.
+
+    They are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (main.py's flags of these names);
+    what is not given comes from the cluster, as JAX finds it: a TPU pod, Slurm, Open MPI. JAX_NUM_PROCESSES=1 joins
+    nobody. A host that does not come in JOIN_SECONDS, or is silent for HEARTBEAT_SECONDS later, ends the others: JAX's
+    runtime says which one and aborts the process.
+
+    Raises:
+      InputError: values that cannot be, or some of the three missing.
+    """
     import jax
 
-    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        numbers: dict[str, Any] = {
-            name: int(value)
-            for name in ("num_processes", "process_id")
-            if (value := os.environ.get(f"JAX_{name.upper()}"))
-        }
-        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=HOSTS_WAIT_SECONDS)
+    from utils import InputError
+
+    given = _named_hosts()
+    if jax.distributed.is_initialized() or given.get("num_processes") == 1:
+        return
+    cluster = _cluster()
+    if not given and (cluster is None or cluster.get_process_count() == 1):
+        return
+    missing = [f"--{name}" for name in HOST_SETTINGS if name not in given]
+    if missing and cluster is None:
+        raise InputError(f"several hosts need {', '.join(missing)} too (or JAX_NUM_PROCESSES and so on)")
+    where = cluster.name if cluster else given["coordinator_address"]
+    logger.info("waiting for the hosts of this job (%s), up to %d s; --num_processes=1: alone", where, JOIN_SECONDS)
+    faulthandler.disable()  # absl's: an abort would print the stacks of all threads after the line that matters
+    try:
+        jax.distributed.initialize(
+            **given,
+            cluster_detection_method=cluster.name if cluster else "deactivate",
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HOSTS_WAIT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the hosts of this job cannot be joined: {str(error).splitlines()[0]}") from error
+    logger.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def leave(code: int, *, agreed: bool = False) -> NoReturn:
+    """Ends the process, one of several hosts without waiting for the others, which wait for it, unless all agreed."""
+    if _has_hosts() and not agreed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def failures_shared() -> Iterator[None]:
+    """One of several hosts that fails inside the block ends at once, and so do the others; a lost host is named so."""
+    try:
+        yield
+    except Exception as error:
+        if not _has_hosts():
+            raise
+        if LOST_HOST.match(reason := str(error).partition("\n")[0]):
+            advice = "see its output, then start all hosts again with the same command"
+            print(
+                f"error: another host of this job has ended, so this one ends too; {advice} ({reason})", file=sys.stderr
+            )
+        else:
+            traceback.print_exc()
+        leave(1)
+
+
+def _has_hosts() -> bool:
+    """Whether this process has joined others. Does not import jax."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _named_hosts() -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize` that the environment holds."""
+    from utils import InputError
+
+    values = {name: value for name in HOST_SETTINGS if (value := os.environ.get(f"JAX_{name.upper()}"))}
+    try:
+        return {name: HOST_SETTINGS[name](value) for name, value in values.items()}
+    except ValueError as error:
+        raise InputError(f"--num_processes and --process_id are whole numbers: {error}") from error
+
+
+def _cluster() -> Any:
+    """The cluster that this process was started in, as JAX knows it; None: none that runs several processes."""
+    from jax._src import clusters  # what jax.distributed.initialize asks, which has no public door
+
+    known = (clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster)
+    return next((cluster for cluster in known if cluster.is_env_present()), None)
 
 
 def _without_closed_loops(hook):

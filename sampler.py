@@ -104,7 +104,8 @@ class Sampler:
     def solve(self, params: Any, noise: Float[Array, "b h w c"], **options: Any) -> sampling.Samples:
         """`sampling.solve` from `noise` with this sampler's options, some of them replaced by `options`."""
         options = {"time_grid": self.time_grid} | self.options | options
-        return sampling.solve(models.velocity_fn(self.model, params), noise, self.boundaries, **options)
+        model = self.model if options["method"] == "pc" else models.in_float32(self.model)
+        return sampling.solve(models.velocity_fn(model, params), noise, self.boundaries, **options)
 
     def map_noises(
         self, name: str, function: Callable, params: Any, count: int, per_device: int, *, all_hosts: bool = True
@@ -228,7 +229,7 @@ class Sampler:
         """
 
         def solve(sampler: Sampler, params: Any, indices: Array) -> Any:
-            velocity = models.velocity_fn(sampler.model, params)
+            velocity = models.velocity_fn(models.in_float32(sampler.model), params)
             return adaptive.fine_trajectory(velocity, sampler.noise(indices), sampler.boundaries)
 
         states = segments.FINE_STEPS + len(self.boundaries)

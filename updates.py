@@ -1,20 +1,41 @@
 """The pace of a run's updates, and their values: fetched late, checked for NaN and infinity, logged."""
 
 import contextlib
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 import parallel
 from utils import InputError
 
+PROFILED_UPDATES, UNPROFILED_CALLS = 10, 3
 MOST_DROPPED = 10  # in a row, with training.nan_policy='skip'
 # In the order in which an update computes them.
 _WHAT = {"loss": "the loss", "gradient_norm": "the gradient", "parameter_norm": "a parameter"}
 
 Values = dict[str, Any]  # name -> [devices, updates of a call], see `losses.make_train_step`
+
+
+def profiled(calls: Iterator[tuple[Any, int]], folder: os.PathLike) -> Iterator[tuple[Any, int]]:
+    """`calls` of (batch, updates), with a trace of PROFILED_UPDATES by JAX's profiler, written into `folder`.
+
+    It begins after the first calls, of which one waits for the compiler, and goes on for as many calls more as may be
+    in flight. TensorBoard, Perfetto and XProf show it.
+    """
+    yield from itertools.islice(calls, UNPROFILED_CALLS)
+    with jax.profiler.trace(os.fspath(folder)):
+        begun = 0
+        for batch, count in calls:
+            yield batch, count
+            begun += count
+            if begun >= PROFILED_UPDATES + parallel.MAX_IN_FLIGHT * count:
+                break
+    yield from calls
 
 
 class Pace:

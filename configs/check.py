@@ -38,6 +38,7 @@ RANGES = {
     "training.batch_size": (1, None),
     "training.n_iters": (1, None),
     "training.n_jitted_steps": (1, None),
+    "training.accumulate": (1, None),
     "training.log_freq": (1, None),
     "training.snapshot_freq": (1, None),
     "training.snapshot_freq_for_preemption": (1, None),
@@ -165,20 +166,30 @@ def check_steps(config, mode: str):
             )
 
 
-def check_batches(config, mode: str, *, devices: int, local_devices: int):
-    """Raises InputError where a batch cannot be shared evenly by the devices."""
-    if mode == "train" and config.training.batch_size % devices:
+def check_batches(config, mode: str, *, devices: int):
+    """Raises InputError where a batch cannot be shared evenly by the devices of all hosts."""
+    if mode != "sample":
+        _check_shared("eval.batch_size", config.eval.batch_size, devices)
+    if mode != "train":
+        return
+    size, rows = config.training.batch_size, on_policy_rows(config)
+    _check_shared("training.batch_size", size, devices, parts=config.training.accumulate)
+    if rows % devices:
+        shares = " or ".join(f"{n / size:g}" for n in _nearest(rows, devices))
         raise InputError(
-            f"--config.training.batch_size={config.training.batch_size} cannot be shared by {devices} devices; "
-            f"use a multiple of {devices}"
+            f"--config.training.on_policy={config.training.on_policy}: {rows} of {size} examples cannot be shared by "
+            f"{devices} devices; use {shares}"
         )
-    if mode == "train" and on_policy_rows(config) % devices:
-        raise InputError(
-            f"--config.training.on_policy={config.training.on_policy}: {on_policy_rows(config)} of "
-            f"{config.training.batch_size} examples cannot be shared by {devices} devices; use another share"
-        )
-    if mode != "sample" and config.eval.batch_size % local_devices:
-        raise InputError(
-            f"--config.eval.batch_size={config.eval.batch_size} cannot be shared by {local_devices} local devices; "
-            f"use a multiple of {local_devices}"
-        )
+
+
+def _check_shared(name: str, size: int, devices: int, *, parts: int = 1):
+    if size % (devices * parts):
+        each = f", each of which goes through its own in training.accumulate={parts} parts" if parts > 1 else ""
+        nearest = " or ".join(map(str, _nearest(size, devices * parts)))
+        raise InputError(f"--config.{name}={size} cannot be shared by {devices} devices{each}; use {nearest}")
+
+
+def _nearest(size: int, unit: int) -> list[int]:
+    """The positive multiples of `unit` next to `size`."""
+    below = size - size % unit
+    return [multiple for multiple in (below, below + unit) if multiple]

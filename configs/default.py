@@ -57,6 +57,8 @@ def get_default_config() -> ml_collections.ConfigDict:
     model.scale_by_sigma = False
     model.sigma_min = 0.01  # sigma_min, sigma_max: only for scale_by_sigma's table and for imported checkpoints
     model.sigma_max = 50.0
+    model.dtype = "float32"  # float32 | bfloat16: of the network's computation; weights and losses are float32 always
+    model.remat = False  # recompute activations in the backward pass, for less memory on GPUs and TPUs
 
     config.training = training = ml_collections.ConfigDict()
     training.reflow_mode = "train_reflow"  # gen_reflow | train_reflow | train_distill, when rf_phase is 2
@@ -65,6 +67,8 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.batch_size = 512  # over all hosts and devices
     training.n_iters = 400_001  # weight updates in the whole run
     training.n_jitted_steps = 1  # updates in one compiled call
+    training.profile = False  # write a JAX profiler trace of ten updates into the stage's folder `profile/`
+    training.accumulate = 1  # parts of a batch that an update goes through one after another, for less memory
     training.log_freq = 50  # updates between two lines of loss
     training.snapshot_freq = 10_000  # updates between two kept checkpoints
     training.snapshot_freq_for_preemption = 1_000  # updates between two checkpoints kept only to resume from

@@ -15,7 +15,7 @@ FREE = frozenset(
         # how often something is logged, saved or drawn, and how a stop is handled
         "training.log_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption",
         "training.snapshot_sampling", "training.snapshot_fid_sample", "training.keep_snapshots", "training.nan_policy",
-        "training.override_resume", "training.n_jitted_steps",
+        "training.override_resume", "training.n_jitted_steps", "training.profile",
         # the sampler's
         "model.num_scales",
         # of the pairs, whose manifest says what they are; the mode is the stage

@@ -1,6 +1,14 @@
 """The velocity networks: made from a configuration, filled from a checkpoint."""
 
-from models.factory import create_model, expand_heads, init_params, network_identity, velocity_fn, weight_shapes
+from models.factory import (
+    create_model,
+    expand_heads,
+    in_float32,
+    init_params,
+    network_identity,
+    velocity_fn,
+    weight_shapes,
+)
 from models.torch_checkpoint import Weights, export_torch, import_torch
 
 __all__ = [
@@ -9,6 +17,7 @@ __all__ = [
     "expand_heads",
     "export_torch",
     "import_torch",
+    "in_float32",
     "init_params",
     "network_identity",
     "velocity_fn",

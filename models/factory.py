@@ -32,6 +32,8 @@ CHOICES = {
     "fir": (False, True),
     "skip_rescale": (True, False),
     "scale_by_sigma": (False, True),
+    "dtype": ("float32", "bfloat16"),
+    "remat": (False, True),
 }
 # Options of the public code that have one value in this family: checked, then dropped.
 CONSTANTS = {"name": ("ncsnpp",), "attention_type": ("ddpm",), "normalization": ("GroupNorm",), "conv_size": (3,)}
@@ -48,7 +50,8 @@ NUMBERS = {
     "sigma_min": (0.01, 1e-12, 1e12, float),
     "sigma_max": (50.0, 1e-12, 1e12, float),
 }
-NOT_IDENTITY = ("dropout", "init_scale")  # they matter while a network is trained or made
+# They matter while a network is trained, made or run, and leave its weights and what these mean as they are.
+NOT_IDENTITY = ("dropout", "init_scale", "dtype", "remat")
 
 
 def _choice(name: str, value, allowed: tuple):
@@ -106,7 +109,7 @@ def network_settings(config: ml_collections.ConfigDict) -> dict[str, dict]:
 
 
 def network_identity(config: ml_collections.ConfigDict) -> dict[str, dict]:
-    """The `network_settings` that make two networks different: without those that only matter in training, and with
+    """The `network_settings` that make two networks different: without NOT_IDENTITY, and with
     None for those that this network does not use. Errors as there."""
     settings = network_settings(config)
     model = {name: value for name, value in settings["model"].items() if name not in NOT_IDENTITY}
@@ -185,6 +188,11 @@ def expand_heads(params: Any, k: int) -> Any:
         return leaf.repeat(k, axis=0)
 
     return traverse_util.path_aware_map(expanded, params)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """`model` computing in float32: the step control of an adaptive solve takes bfloat16's rounding for curvature."""
+    return model if getattr(model, "dtype", "float32") == "float32" else model.clone(dtype="float32")
 
 
 def velocity_fn(model: nn.Module, params: Any) -> Callable:

@@ -2,6 +2,9 @@
 
 Parameter names are those of the public PyTorch networks, so that a checkpoint maps onto them name by name
 (torch_checkpoint.py). Images are [batch, height, width, channels] throughout.
+
+Layers compute in the type of the images that they are given, float32 or bfloat16. Weights are float32 and cast where
+they are used; the statistics of normalisation, the softmax of attention and the time embedding are float32 always.
 """
 
 import math
@@ -12,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from models import resampling
@@ -44,29 +48,36 @@ def weight_init(scale: float = 1.0) -> Callable:
     return init
 
 
+def _in_type_of_images(x: Array, *weights: ArrayLike, **_: Any) -> list[Array]:
+    """The weights cast to the type of `x`: flax alone would take the wider of both."""
+    return [x, *(jnp.asarray(weight, x.dtype) for weight in weights)]
+
+
 def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding: Any = 1) -> nn.Conv:
     """A 3 x 3 convolution with bias."""
-    return nn.Conv(features, (3, 3), strides, padding, kernel_init=weight_init(scale), name=name)
+    init = weight_init(scale)
+    return nn.Conv(features, (3, 3), strides, padding, kernel_init=init, promote_dtype=_in_type_of_images, name=name)
 
 
 def conv1x1(features: int, name: str) -> nn.Conv:
     """A 1 x 1 convolution with bias."""
-    return nn.Conv(features, (1, 1), kernel_init=weight_init(), name=name)
+    return nn.Conv(features, (1, 1), kernel_init=weight_init(), promote_dtype=_in_type_of_images, name=name)
 
 
-def group_norm(channels: int, name: str) -> nn.GroupNorm:
-    """Group normalisation of groups of 4 channels, at most 32 groups.
+def group_norm(x: Images, name: str) -> Images:
+    """`x` through group normalisation of groups of 4 channels, at most 32 groups.
 
     Raises:
       InputError: the groups do not divide the channels.
     """
+    channels = x.shape[-1]
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise InputError(
             f"config.model.nf and ch_mult make a layer of {channels} channels, which {groups} normalisation groups do "
             "not divide; use an nf that is a multiple of 32, or of 4 while no layer has more than 128 channels"
         )
-    return nn.GroupNorm(groups, epsilon=1e-6, name=name)
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=x.dtype, name=name)(x)
 
 
 def joined(x: Images, y: Images, rescale: bool) -> Images:
@@ -127,7 +138,9 @@ class NIN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... features"]:
         weight = self.param("W", weight_init(self.scale), (x.shape[-1], self.features))
-        return x @ weight + self.param("b", nn.initializers.zeros, (self.features,))
+        bias = self.param("b", nn.initializers.zeros, (self.features,))
+        x, weight, bias = _in_type_of_images(x, weight, bias)
+        return x @ weight + bias
 
 
 class Attention(nn.Module):
@@ -139,7 +152,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Images) -> Images:
         batch, height, width, channels = x.shape
-        h = group_norm(channels, "GroupNorm_0")(x).reshape(batch, height * width, 1, channels)
+        h = group_norm(x, "GroupNorm_0").reshape(batch, height * width, 1, channels)
         query, key, value = (NIN(channels, name=f"NIN_{i}")(h) for i in range(3))
         h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
         return joined(x, NIN(channels, self.init_scale, name="NIN_3")(h), self.rescale)
@@ -171,14 +184,16 @@ class Dropout(nn.Module):
 
 
 class ConvWeights(nn.Module):
-    """The kernel [3, 3, in, out] and the bias of a 3 x 3 convolution that the caller applies in its own way."""
+    """The kernel [3, 3, in, out] and the bias of a 3 x 3 convolution of `x` that the caller applies in its own way."""
 
     features: int
 
     @nn.compact
-    def __call__(self, channels: int):
-        kernel = self.param("kernel", weight_init(), (3, 3, channels, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+    def __call__(self, x: Images):
+        kernel = self.param("kernel", weight_init(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        _, kernel, bias = _in_type_of_images(x, kernel, bias)
+        return kernel, bias
 
 
 def _convolved(x, kernel, *, strides=1, dilation=1, padding=0):
@@ -204,7 +219,7 @@ class Upsample(nn.Module):
             return resampling.upsample(x, self.fir_kernel)
         if self.fir_kernel is None:
             return conv3x3(self.features, "Conv_0")(resampling.upsample(x, None))
-        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x.shape[-1])
+        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x)
         x = _convolved(x, kernel, dilation=2, padding=2)
         taps = 2 * resampling.normalized_taps(self.fir_kernel)
         p = len(taps) - 4
@@ -227,7 +242,7 @@ class Downsample(nn.Module):
             return resampling.downsample(x, self.fir_kernel)
         if self.fir_kernel is None:
             return conv3x3(self.features, "Conv_0", strides=2, padding=((0, 1), (0, 1)))(x)
-        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x.shape[-1])
+        kernel, bias = ConvWeights(self.features, name="Conv2d_0")(x)
         p = len(self.fir_kernel)
         x = resampling.filter_images(x, resampling.normalized_taps(self.fir_kernel), pad=((p + 1) // 2, p // 2))
         return _convolved(x, kernel, strides=2) + bias
@@ -259,17 +274,17 @@ class ResnetBlock(nn.Module):
         self, x: Images, embedding: Float[Array, "batch time"] | None, train: bool
     ) -> Float[Array, "batch new_height new_width features"]:
         act, channels = NONLINEARITIES[self.activation], x.shape[-1]
-        h = act(group_norm(channels, "GroupNorm_0")(x))
+        h = act(group_norm(x, "GroupNorm_0"))
         if self.resample is not None:
             resample = resampling.upsample if self.resample == "up" else resampling.downsample
             h, x = resample(h, self.fir_kernel), resample(x, self.fir_kernel)
         h = conv3x3(self.features, "Conv_0")(h)
         dense = nn.Dense(self.features, kernel_init=weight_init(), name="Dense_0")
         if embedding is not None:
-            h += dense(act(embedding))[:, None, None, :]
+            h += dense(act(embedding)).astype(h.dtype)[:, None, None, :]
         elif self.is_initializing():
-            dense(jnp.zeros((1, self.embedding_size), x.dtype))
-        h = act(group_norm(self.features, "GroupNorm_1")(h))
+            dense(jnp.zeros((1, self.embedding_size)))
+        h = act(group_norm(h, "GroupNorm_1"))
         h = Dropout(self.dropout, name="Dropout_0")(h) if train else h
         h = conv3x3(self.features, "Conv_1", self.init_scale)(h)
         if self.kind == "ddpm" and channels != self.features:

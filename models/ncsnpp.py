@@ -33,6 +33,8 @@ class NCSNpp(nn.Module):
       channels: of the images, in and out.
       heads: k, the sets of time-embedding weights.
       fir_kernel: None for plain resampling.
+      dtype: that of the computation, "float32" or "bfloat16"; weights, time embedding and velocity are float32 always.
+      remat: compute the blocks' activations again in the backward pass instead of keeping them.
       Everything else has the name and meaning it has in configs/default.py.
     """
 
@@ -60,6 +62,8 @@ class NCSNpp(nn.Module):
     sigma_min: float
     sigma_max: float
     centered: bool
+    dtype: str = "float32"
+    remat: bool = False
 
     @property
     def uses_sigma_table(self) -> bool:
@@ -92,8 +96,8 @@ class NCSNpp(nn.Module):
         names = (f"all_modules_{n}" for n in itertools.count())
         embedding = self._time_embedding(names, labels, index)
         block = _Blocks(self, names, embedding, train)
-        x = x if self.centered else 2 * x - 1
-        h = self._up(names, block, self._middle(block, self._down(names, block, x)))
+        x = jnp.asarray(x if self.centered else 2 * x - 1, self.dtype)
+        h = self._up(names, block, self._middle(block, self._down(names, block, x))).astype(jnp.float32)
         return h / self._sigmas(labels)[:, None, None, None] if self.scale_by_sigma else h
 
     def _time_embedding(self, names: Iterator[str], labels, index) -> Array | None:
@@ -172,9 +176,13 @@ class _Blocks:
     def __init__(self, net: NCSNpp, names: Iterator[str], embedding: Array | None, train: bool):
         self.net, self.names, self.embedding, self.train = net, names, embedding, train
 
+    def _kept_or_not(self, block: Any, **static: Any) -> Any:
+        """The class `block`, of whose activations the backward pass is given all or, with `remat`, only the inputs."""
+        return nn.remat(block, **static) if self.net.remat else block
+
     def resnet(self, x: Array, features: int, resample: str | None = None) -> Array:
         net = self.net
-        return layers.ResnetBlock(
+        return self._kept_or_not(layers.ResnetBlock, static_argnums=(3,))(
             features=features,
             kind=net.resblock_type,
             activation=net.nonlinearity,
@@ -188,7 +196,7 @@ class _Blocks:
         )(x, self.embedding, self.train)
 
     def attention(self, x: Array) -> Array:
-        return layers.Attention(self.net.init_scale, self.net.skip_rescale, name=next(self.names))(x)
+        return self._kept_or_not(layers.Attention)(self.net.init_scale, self.net.skip_rescale, name=next(self.names))(x)
 
     def attended(self, x: Array) -> Array:
         """`x` through attention where its resolution is one of `attn_resolutions`."""
@@ -204,5 +212,5 @@ class _Blocks:
 
     def output(self, x: Array, features: int, scale: float) -> Array:
         """Normalise, activate, convolve: how the trunk becomes an image or a pyramid's lowest level."""
-        x = layers.group_norm(x.shape[-1], next(self.names))(x)
+        x = layers.group_norm(x, next(self.names))
         return layers.conv3x3(features, next(self.names), scale)(layers.NONLINEARITIES[self.net.nonlinearity](x))

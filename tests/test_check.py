@@ -53,6 +53,20 @@ def test_settings_that_do_not_fit_together_are_refused(mode, settings, message):
         check_config(config_with(**settings), mode)
 
 
-def test_a_batch_that_the_devices_cannot_share_is_refused():
-    with pytest.raises(InputError, match="use a multiple of 3"):
-        check_batches(get_default_config(), "train", devices=3, local_devices=1)
+@pytest.mark.parametrize(
+    ("devices", "settings", "message"),
+    [
+        (3, {"eval__batch_size": 1024}, r"eval.batch_size=1024 cannot be shared by 3 devices; use 1023 or 1026$"),
+        (8, {"training__batch_size": 4}, r"training.batch_size=4 cannot be shared by 8 devices; use 8$"),
+        (8, {"training__accumulate": 3}, r"512 cannot be shared by 8 devices, .*accumulate=3 parts; use 504 or 528$"),
+        (
+            8,
+            {"training__on_policy": 0.3},
+            r"154 of 512 examples cannot be shared by 8 devices; use 0.296875 or 0.3125$",
+        ),
+    ],
+)
+def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest_that_they_can(devices, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_batches(config_with(**settings), "train", devices=devices)
+    check_batches(config_with(), "train", devices=8)

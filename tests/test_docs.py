@@ -18,6 +18,8 @@ PAGES = [
     "CHANGELOG.md",
     "docs/method.md",
     "docs/recipes.md",
+    "docs/commands.md",
+    "docs/accelerators.md",
     "docs/your_own_images.md",
     "model_zoo/README.md",
 ]
@@ -81,14 +83,17 @@ def test_code_cites_sections_of_the_method():
 def main_commands(page: pathlib.Path) -> list[list[str]]:
     """The arguments of every main.py command in a page's shell blocks, as the shell passes them."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    stubs = 'source() { :; }; python() { printf "%s\\n" "$*"; }\n'
+    stubs = 'source() { :; }; mkdir() { :; }; ln() { :; }; python() { printf "%s\\n" "$*"; }\n'
     done = subprocess.run(["bash", "-euc", stubs + "".join(blocks)], capture_output=True, text=True, check=True)
     return [line.split() for line in done.stdout.splitlines() if line.startswith("main.py ")]
 
 
-def test_the_tutorials_commands_are_accepted(monkeypatch):
-    commands = main_commands(ROOT / "docs" / "your_own_images.md")
-    assert len(commands) == 7
+@pytest.mark.parametrize(
+    ("page", "count", "dataset"), [("your_own_images.md", 7, "IMAGES"), ("commands.md", 11, "CIFAR10")]
+)
+def test_the_commands_of_a_page_are_accepted(page, count, dataset, monkeypatch):
+    commands = main_commands(ROOT / "docs" / page)
+    assert len(commands) == count
     for command in commands:
         values = flags.FlagValues()
         config = config_flags.DEFINE_config_file("config", flag_values=values)
@@ -98,4 +103,11 @@ def test_the_tutorials_commands_are_accepted(monkeypatch):
         monkeypatch.setattr("sys.argv", command)  # where ml_collections looks for the overrides
         assert values(command) == ["main.py"]  # nothing is left over
         check_config(values.config, values.mode)
-        assert config.value.data.dataset == "IMAGES"
+        assert config.value.data.dataset == dataset
+
+
+def test_shell_scripts_are_well_formed():
+    scripts = [path for path in (ROOT / "scripts").rglob("*") if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) > 6
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)

@@ -220,6 +220,59 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     assert np.abs(trained(1) - trained(2)).max() > 1e-3
 
 
+def equations(jaxpr):
+    """Every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def test_in_bfloat16_velocities_are_a_few_percent_off_and_float32():
+    full, half = tiny_config(**FAMILY["ncsn++"]), tiny_config(**FAMILY["ncsn++"], dtype="bfloat16")
+    params = params_of(randomized(Twin(full)), models.create_model(full))
+    x, labels = random_inputs(full)
+    exact, rounded = output(full, params, x, labels), output(half, params, x, labels)
+    assert rounded.dtype == np.float32
+    assert 1e-4 < np.sqrt(np.mean((exact - rounded) ** 2) / np.mean(exact**2)) < 0.05
+    assert models.network_identity(full) == models.network_identity(half)  # the weights are the same
+
+
+@pytest.mark.parametrize("family", ["ddpm++", "ncsn++", "ddpm blocks, fir, residual"])
+def test_in_bfloat16_convolutions_are_rounded_and_statistics_are_not(family):
+    config = tiny_config(**FAMILY[family], dtype="bfloat16")
+    params = params_of(randomized(Twin(config)), models.create_model(config))
+    x, labels = random_inputs(config)
+    jaxpr = jax.make_jaxpr(models.create_model(config).apply)({"params": params}, x, labels, jnp.zeros(3, jnp.int32))
+    found = {}
+    for equation in equations(jaxpr.jaxpr):
+        for operand in equation.invars[:1]:
+            found.setdefault(equation.primitive.name, set()).add(str(operand.aval.dtype))
+    assert found["conv_general_dilated"] == {"bfloat16"}
+    assert found["rsqrt"] == found["exp"] == found["sin"] == {"float32"}  # group norms, softmax, time embedding
+
+
+def test_activations_that_are_not_kept_change_nothing():
+    small = {"dropout": 0.5, "ch_mult": (1,), "attn_resolutions": (8,)}
+    x, labels = map(jnp.asarray, random_inputs(tiny_config()))
+    index, options = jnp.zeros(3, jnp.int32), {"train": True, "rngs": {"dropout": jax.random.key(1)}}
+    _, params = made_up(tiny_config(**small))
+
+    def gradient(remat):
+        model = models.create_model(tiny_config(**small, remat=remat))
+
+        def square(params):
+            return jnp.mean(model.apply({"params": params}, x, labels, index, **options) ** 2)
+
+        names = [equation.primitive.name for equation in equations(jax.make_jaxpr(square)(params).jaxpr)]
+        return quick_jit(jax.grad(square))(params), names.count("remat2")
+
+    (kept, none), (recomputed, blocks) = gradient(False), gradient(True)
+    assert (none, blocks) == (0, 8)  # of one level: 5 residual blocks and 3 of attention
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), kept, recomputed)
+
+
 def test_velocity_fn_speaks_t():
     config = tiny_config()
     model, params = made_up(config)

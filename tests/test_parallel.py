@@ -4,12 +4,16 @@ import socket
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import losses
+import models
 import parallel
+from models import layers
 from parallel import Host
 from utils import InputError
 
@@ -110,3 +114,74 @@ def test_all_hosts_stop_at_the_same_call_where_one_is_signalled():
     ]
     said = [process.communicate(timeout=300) for process in started]
     assert [out.splitlines()[-1:] for out, _ in said] == [["stopped at 6 True"]] * 2, said
+
+
+def shared_updates(path, devices, *ways, hosts=1):
+    """What tests/shared_updates.py finds, in so many processes with so many devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # Compiling is what this waits for.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    environment = os.environ | {"XLA_FLAGS": flags} | named
+    command = [sys.executable, pathlib.Path(__file__).with_name("shared_updates.py"), path, *ways]
+    started = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(host)}) for host in range(hosts)]
+    assert [process.wait(timeout=240) for process in started] == [0] * hosts
+    return np.load(path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The losses and gradients of fifty updates by 1 device, by 8, by 2 processes with 2 each, and in 4 parts."""
+    folder = tmp_path_factory.mktemp("shared")
+    one = shared_updates(folder / "one.npz", 8, "1:1", "8:1", "1:4")
+    two = shared_updates(folder / "two.npz", 2, "4:1", hosts=2)
+    return {**one, **two, "gathered": two["gathered"]}
+
+
+@pytest.mark.parametrize("way", ["8:1", "4:1", "1:4"], ids=["8 devices", "2 processes x 2 devices", "4 parts"])
+def test_updates_are_the_same_however_the_batch_is_shared(shared, way):
+    expected, found = shared["gradient 1:1"], shared[f"gradient {way}"]
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    np.testing.assert_allclose(shared[f"losses {way}"], shared["losses 1:1"], rtol=1e-3)
+    assert shared["losses 1:1"][-5:].mean() < 0.9 * shared["losses 1:1"][:5].mean()  # it learns meanwhile
+
+
+def test_two_processes_gather_their_rows_in_their_order(shared):
+    np.testing.assert_array_equal(shared["gathered"], [[0, 7], [1, 7]])
+
+
+class Mask(nn.Module):
+    """Dropout's mask times a weight for every pixel, whatever the image."""
+
+    @nn.compact
+    def __call__(self, x, labels, index, train=False):
+        scale = self.param("scale", nn.initializers.ones, x.shape[1:])
+        return layers.Dropout(0.5)(jnp.ones_like(x)) * scale
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(2, 1), (1, 2)])
+def test_every_device_and_every_part_of_a_batch_draws_its_own_dropout_masks(devices, accumulate):
+    pixels = (16, 16, 1)
+    params = {"scale": jnp.ones(pixels)}
+    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    optimizer = losses.optimizer(lr=1e-3, beta1=0.0, eps=1e-8, warmup=0, grad_clip=-1.0)
+    step = losses.make_train_step(
+        Mask(),
+        losses.rf_targets,
+        lambda velocity, targets: jnp.sum(velocity),
+        optimizer,
+        seed=0,
+        ema_rate=0.9,
+        variable_ema_rate=False,
+        accumulate=accumulate,
+    )
+    own = jax.devices()[:devices]
+    state = parallel.replicate(losses.initial_state(weights, optimizer, from_ema=True), own)
+    images = np.zeros((devices, 1, 2 // devices, *pixels), np.float32)
+    state, _ = parallel.map_devices(step, devices=own)(state, {"image": images})
+    gradient = parallel.first_copy(state).opt_state[1].mu["scale"]  # 0, 2: both masks agree; 1: they do not
+    values, counts = np.unique(np.round(gradient, 5), return_counts=True)
+    np.testing.assert_array_equal(values, [0, 1, 2])
+    np.testing.assert_allclose(counts / gradient.size, [0.25, 0.5, 0.25], atol=0.12)

@@ -1,14 +1,18 @@
-"""What a process writes to its terminal, seen from outside, as libraries write to the file descriptor."""
+"""What a process writes to its terminal, seen from outside, as libraries write to the file descriptor; its hosts."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import runtime
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 WRITES = """
@@ -103,3 +107,134 @@ def test_signals_mean_what_they_did_after_the_block():
             runtime.preemption.check()
     assert signal.getsignal(signal.SIGTERM) is before
     runtime.preemption.check()  # forgotten
+
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """(environment -> the arguments that the hosts are joined with, None if this process stays alone)."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+
+    def start(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        runtime.start_hosts()
+        return calls[0] if calls else None
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"JAX_NUM_PROCESSES": "1"},
+        SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        SLURM | {"JAX_NUM_PROCESSES": "1"},
+        OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_a_process_without_others_joins_nobody(environment, joined):
+    assert joined(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "method"),
+    [
+        (
+            ADDRESS | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"},
+            {"coordinator_address": "10.0.0.1:1234", "num_processes": 3, "process_id": 2},
+            "deactivate",
+        ),
+        (SLURM, {}, "slurm"),
+        (SLURM | ADDRESS, {"coordinator_address": "10.0.0.1:1234"}, "slurm"),
+        (OPEN_MPI, {}, "ompi"),
+    ],
+)
+def test_hosts_are_those_that_the_environment_names(environment, given, method, joined):
+    arguments = joined(environment)
+    assert {name: arguments[name] for name in runtime.HOST_SETTINGS if name in arguments} == given
+    assert arguments["cluster_detection_method"] == method
+    assert arguments["heartbeat_timeout_seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ADDRESS, "need --num_processes, --process_id too"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "need --coordinator_address too"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "two"}, "whole numbers: .*'two'"),
+    ],
+)
+def test_hosts_that_are_half_named_are_refused(environment, message, joined):
+    with pytest.raises(InputError, match=message):
+        joined(environment)
+
+
+def test_hosts_that_cannot_be_are_one_line(monkeypatch):
+    for name, value in (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax._src.distributed.xla_bridge, "backends_are_initialized", lambda: False)
+    with pytest.raises(InputError, match=r"cannot be joined: .*process_id < num_processes"):
+        runtime.start_hosts()
+
+
+COMPUTE_TOGETHER = """
+import sys, runtime
+@runtime.failures_shared()
+def main(host, address):
+    runtime.set_environment(coordinator_address=address, num_processes=2, process_id=int(host))
+    runtime.start_hosts()
+    import jax, jax.numpy as jnp
+    total = jax.pmap(lambda x: jax.lax.psum(x, "i"), axis_name="i")
+    while float(total(jnp.ones(1))[0]) == 2:
+        print("together" * (host == "0"), end="", flush=True)
+main(*sys.argv[1:])
+"""
+
+
+def test_a_host_that_dies_ends_the_other_with_a_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"XLA_FLAGS": ""}
+    hosts = [
+        subprocess.Popen([sys.executable, "-c", COMPUTE_TOGETHER, host, address], cwd=ROOT, env=environment, **pipes)
+        for host in "01"
+    ]
+    try:
+        assert hosts[0].stdout.readline().startswith("[Gloo]")  # which comes with the first collective
+        assert hosts[0].stdout.read(8) == "together"
+        hosts[1].kill()
+        killed = time.monotonic()
+        _, said = hosts[0].communicate(timeout=60)
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
+    assert time.monotonic() - killed < 60
+    assert hosts[0].returncode == 1, said
+    assert [line for line in said.splitlines() if line.startswith("error: another host of this job has ended")], said
+    assert "Traceback" not in said
+
+
+def test_settings_of_the_environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": "--a"})
+    runtime.set_environment(deterministic=True, coordinator_address=None, num_processes=1)
+    assert os.environ["XLA_FLAGS"] == "--a --xla_gpu_deterministic_ops=true"
+    assert os.environ["JAX_NUM_PROCESSES"] == "1"
+    assert "JAX_COORDINATOR_ADDRESS" not in os.environ

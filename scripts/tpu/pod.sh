@@ -1,0 +1,16 @@
+#!/bin/bash
+# The jobs of jobs.sh on every host of a TPU VM or a pod slice at once; JAX finds the hosts by itself:
+#
+#     NAME=seqrf ZONE=europe-west4-a bash scripts/tpu/pod.sh reflow distill
+#
+# WORKDIR, NDIV, TRAIN and EVAL are passed on. After a preemption the same command resumes. Not run here.
+set -euo pipefail
+
+NAME=${NAME:-seqrf} ZONE=${ZONE:-europe-west4-a}
+SETTINGS=""
+for name in WORKDIR PAIRS NDIV TRAIN EVAL; do
+    [ -z "${!name:-}" ] || SETTINGS+="$name=$(printf %q "${!name}") "
+done
+
+gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
+    --command="cd seqrf && source .venv/bin/activate && $SETTINGS bash scripts/tpu/jobs.sh $*"
