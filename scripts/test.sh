@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh cpu
 # Each worker compiles on one core, and as many workers as cores; a second start finds most programs compiled.
-exec .venv/bin/python -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadscope --durations=15 "$@"
+exec .venv/bin/python -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder --durations=40 "$@"

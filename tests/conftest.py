@@ -22,6 +22,15 @@ PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 install_import_hook(MODULES + PACKAGES, "beartype.beartype")
 
 
+# Modules that take a minute or more come first, so that no worker is left with one of them at the end.
+SLOWEST = ["test_run_lib", "test_main", "test_uncentered", "test_sampling_scipy", "test_study", "test_torch_checkpoint"]
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the modules; the tests of each stay in their order."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_released():
     """Releases what the tests of a module have compiled: that of the whole suite takes many gigabytes."""
