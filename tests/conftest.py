@@ -9,6 +9,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs are compiled once for all workers, processes and repetitions of the suite. (pytest's folder ignores itself.)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -64,22 +70,3 @@ def _generated(tmp_path_factory, **changes):
     folder = tmp_path_factory.mktemp("pairs") / "reflow_batch"
     pair_maker.generate(folder, **changes)
     return folder
-
-
-@pytest.fixture(scope="module")
-def programs_kept(tmp_path_factory):
-    """Compiled programs are kept for the processes and the repetitions of a module's tests."""
-    import jax
-
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]

@@ -108,6 +108,7 @@ def test_photographs_without_inception_are_refused_at_once(tmp_path):
 
 def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SEQRF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
     config = digits_rf_continuous.get_config()
     config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())

@@ -14,8 +14,6 @@ from pairs import manifest as pairmanifest
 from pairs.reader import PairSet
 from utils import InputError
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
-
 
 def test_an_empty_folder_and_a_damaged_manifest_are_refused(copied_set, tmp_path):
     with pytest.raises(InputError, match=r"there are no pairs in .*gen_reflow"):

@@ -19,8 +19,6 @@ from pairs import plan as pairplan
 from pairs.reader import PairSet
 from utils import InputError
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
-
 
 def test_a_set_says_what_it_is(large_set):
     pair_set = PairSet(large_set)

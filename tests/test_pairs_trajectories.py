@@ -15,7 +15,6 @@ from pairs.reader import PairSet
 from pairs.trajectories import TrajectorySet, check_same_teacher
 from utils import InputError
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
 SETTINGS = {"reflow_pairs": "trajectory", "pairs": 23, "file_size": 8}  # neither is a multiple of k = 3
 
 

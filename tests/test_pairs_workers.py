@@ -21,8 +21,6 @@ from pairs import manifest as pairmanifest
 from pairs import npz, workers
 from utils import InputError
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
-
 
 @pytest.fixture(scope="module")
 def other_set(tmp_path_factory):

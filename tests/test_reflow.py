@@ -23,8 +23,6 @@ from pairs.manifest import read_manifest
 from pairs.reader import PairSet
 from utils import InputError
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
-
 
 def test_pairs_are_the_ends_of_the_teachers_flow(whole_set):
     pairs = arrays_of(whole_set)

@@ -26,7 +26,7 @@ def reproduce(monkeypatch, capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, programs_kept):
+def measured(tmp_path_factory):
     """The metrics.json of an evaluated network with random weights, its checkpoint given by a relative path."""
     folder = tmp_path_factory.mktemp("measured")
     config = digits_rf_continuous.get_config()
