@@ -477,7 +477,7 @@ def make_train_step(
         }
         if drop_nonfinite:
             is_finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
-            kept = state.replace(step=updated.step)
+            kept = dataclasses.replace(state, step=updated.step)
             updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
         return updated, values
 

@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from models import resampling
@@ -48,9 +47,10 @@ def weight_init(scale: float = 1.0) -> Callable:
     return init
 
 
-def _in_type_of_images(x: Array, *weights: ArrayLike, **_: Any) -> list[Array]:
-    """The weights cast to the type of `x`: flax alone would take the wider of both."""
-    return [x, *(jnp.asarray(weight, x.dtype) for weight in weights)]
+def _in_type_of_images(*args: Any, **_: Any) -> list[Any]:
+    """Images and weights, the weights cast to the images' type: flax alone would take the wider of both."""
+    images, *weights = args
+    return [images, *(jnp.asarray(weight, images.dtype) for weight in weights)]
 
 
 def conv3x3(features: int, name: str, scale: float = 1.0, strides: int = 1, padding: Any = 1) -> nn.Conv:

@@ -148,7 +148,8 @@ class Torchs:
         size, _, channels = image_shape(config)
         self.images = torch.rand(batch, channels, size, size, device=self.device) * 2 - 1
         self.labels = torch.linspace(1.0, 999.0, batch, device=self.device)
-        self.forward(), self.update()
+        self.forward()
+        self.update()
 
     def forward(self) -> None:
         """The velocity of a batch."""
@@ -350,8 +351,9 @@ def activation_memory(*, remat: bool) -> float:
 
     program = jax.jit(jax.grad(loss)).lower(params, images, labels, index)
     # How buffers are shared does not depend on the level at which machine code is optimised.
-    compiled = program.compile(compiler_options={"xla_backend_optimization_level": 0})
-    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+    options: Any = {"xla_backend_optimization_level": 0}
+    memory: Any = program.compile(compiler_options=options).memory_analysis()
+    return memory.temp_size_in_bytes / 1e6
 
 
 def main() -> int:

@@ -68,7 +68,7 @@ def run(arguments: list[str], cache: pathlib.Path, stop: Stop | None = None) -> 
         arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     said, times = [], []
-    for line in process.stderr:
+    for line in process.stderr or ():
         said.append(line)
         if LOG_LINE.match(line):
             times.append(time.monotonic())

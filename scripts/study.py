@@ -196,11 +196,10 @@ class Study:
 
     @functools.cached_property
     def real(self) -> Any:
-        """The feature network and the features of the training images."""
-        import features
+        """The feature network and what is known of the training images' features."""
+        import run_lib
 
-        config = self.config(0, {})
-        return features.data_features(config.data, config.eval.inception_path, 256)
+        return run_lib.real_data_of(self.config(0, {}))
 
     def _exact_sampler(self, boundaries: tuple[float, ...], seed: int) -> Any:
         import numpy as np
@@ -251,7 +250,7 @@ class Study:
 
         import checkpoints
         import datasets
-        from distances import frechet_distance, kernel_distance_and_error
+        from distances import frechet_distance_to, kernel_distance_and_error
 
         weights, metadata = checkpoints.restore(model.checkpoint)
         params = weights.ema_params
@@ -264,7 +263,7 @@ class Study:
         noises = self.bench.compared
         reference, straightness = self._reference(exact, params)
         return {
-            "fid": frechet_distance(self.real.features, found),
+            "fid": frechet_distance_to(self.real.moments, found),
             "kid": kid,
             "kid_error": error,
             "rms_to_teacher": _rms(x[:noises], self._teacher_samples(cell.seed)),

@@ -122,7 +122,7 @@ def verdicts(cells: Rows) -> str:
         pair = [cells.get((recipe.name, "euler", n), {}) for recipe in (first, second)]
         if not pair[0].keys() & pair[1].keys():
             continue
-        fid, rms = (compare(*pair, figure) for figure in ("fid", "rms_to_teacher"))
+        fid, rms = (compare(pair[0], pair[1], figure) for figure in ("fid", "rms_to_teacher"))
         lines.append(
             f"| {question} | {n} | {fid.mean:+.3f} ± {fid.error:.3f} | {fid.word} | "
             f"{rms.mean:+.4f} ± {rms.error:.4f} | {rms.word} |"

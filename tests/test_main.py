@@ -47,7 +47,7 @@ def run(*arguments, workdir):
     [
         ([DIGITS, "--mode=train", "--config.training.no_such=3"], "unknown setting --config.training.no_such=3"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=two"], "--config.training.reflow_t=two"),
-        ([DIGITS, "--mode=fly"], "one of <train|eval>"),
+        ([DIGITS, "--mode=fly"], "one of <train|eval|sample>"),
         (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),
         ([f"{DIGITS}:papre", "--mode=train"], "unknown recipe 'papre': use one of paper, 2rf++, on_policy; see --help"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=0"], "--config.training.reflow_t=0"),
