@@ -457,31 +457,39 @@ def make_train_step(
         gradient = parallel.mean_over_devices(gradient)
         change, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
-
-        def follow(average: Any, rate: Any) -> Any:
-            rate = ema_rate_at(state.step + 1, rate, variable_ema_rate)
-            # In this form an EMA that equals the weights stays equal, bit for bit.
-            return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), average, params)
-
-        updated = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema_params=follow(state.ema_params, ema_rate),
-            opt_state=opt_state,
-            extra_ema={name: follow(average, float(name)) for name, average in state.extra_ema.items()},
-        )
+        updated = _updated_state(state, params, opt_state, ema_rate, variable_ema_rate)
         values = {
             "loss": parallel.mean_over_devices(value),
             "gradient_norm": optax.tree.norm(gradient),
             "parameter_norm": optax.tree.norm(params),
         }
-        if drop_nonfinite:
-            is_finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
-            kept = dataclasses.replace(state, step=updated.step)
-            updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
-        return updated, values
+        return (_finite_or_kept(updated, state, values) if drop_nonfinite else updated), values
 
     return functools.partial(_scan, update)
+
+
+def _updated_state(state: TrainState, params, opt_state, ema_rate: float, variable_ema_rate: bool) -> TrainState:
+    """The state after an update, its EMAs moved towards the new weights."""
+
+    def follow(average: Any, rate: Any) -> Any:
+        rate = ema_rate_at(state.step + 1, rate, variable_ema_rate)
+        # In this form an EMA that equals the weights stays equal, bit for bit.
+        return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), average, params)
+
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        ema_params=follow(state.ema_params, ema_rate),
+        opt_state=opt_state,
+        extra_ema={name: follow(average, float(name)) for name, average in state.extra_ema.items()},
+    )
+
+
+def _finite_or_kept(updated: TrainState, state: TrainState, values: dict[str, Array]) -> TrainState:
+    """`updated` where all values are finite, else `state` with the update counted."""
+    is_finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
+    kept = dataclasses.replace(state, step=updated.step)
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
 
 
 def _stored_rows(batch) -> int:
