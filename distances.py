@@ -32,7 +32,7 @@ class Moments:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def moments(parts: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
+def moments(parts: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
     """The moments of all rows of the parts; the covariance has n - 1 in its denominator.
 
     Raises:
@@ -223,7 +223,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np
 
 
 def nearest(
-    x: Real[np.ndarray, "n d"], others: Iterable[Real[np.ndarray, "b d"]]
+    x: Real[np.ndarray, "n d"], others: Iterable[Real[np.ndarray, "_ d"]]
 ) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """The Euclidean distance of each row of `x` to the nearest of all rows of `others`, and that row's number."""
     smallest, index, first = np.full(len(x), np.inf), np.zeros(len(x), int), 0
@@ -265,7 +265,7 @@ def _spans(x: np.ndarray, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, len(x))) for first in range(start, len(x), BLOCK))
 
 
-def blocks(x: Real[np.ndarray, "n d"]) -> Iterator[Real[np.ndarray, "b d"]]:
+def blocks(x: Real[np.ndarray, "n d"]) -> Iterator[Real[np.ndarray, "_ d"]]:
     """The rows of `x`, BLOCK at a time."""
     return (x[rows] for rows in _spans(x))
 
