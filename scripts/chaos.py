@@ -64,6 +64,7 @@ class Stop:
 def run(arguments: list[str], cache: pathlib.Path, stop: Stop | None = None) -> tuple[int, str, list[float]]:
     """Runs a job: its exit status, its output, and the times of its lines of log."""
     environment = os.environ | {"SEQRF_CACHE": str(cache), "WANDB_MODE": "offline"}
+    environment.pop("WANDB_SERVICE", None)  # of this process, where a run that is killed would stay open
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -257,11 +257,13 @@ def evaluated(folder, hosts, devices):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     script = pathlib.Path(__file__).with_name("shared_evaluation.py")
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    if hosts > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)} if hosts > 1 else {}
     started = [
-        subprocess.Popen([sys.executable, str(script), str(folder)], env=environment | {"JAX_PROCESS_ID": str(place)})
-        for place in range(hosts)
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)],
+            env=environment | several | ({"JAX_PROCESS_ID": str(index)} if several else {}),
+        )
+        for index in range(hosts)
     ]
     assert [process.wait(timeout=600) for process in started] == [0] * hosts
     return [json.loads((folder / f"metrics_{place}.json").read_text()) for place in range(hosts)]

@@ -10,6 +10,7 @@ import pytest
 from pair_maker import mount_bucket
 
 import utils
+from utils import InputError
 
 
 @pytest.fixture(params=["disk", "bucket"])
