@@ -18,6 +18,7 @@ PAGES = [
     "CHANGELOG.md",
     "docs/method.md",
     "docs/recipes.md",
+    "docs/choosing_k.md",
     "docs/commands.md",
     "docs/accelerators.md",
     "docs/your_own_images.md",

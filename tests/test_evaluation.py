@@ -287,6 +287,6 @@ def test_two_hosts_measure_what_one_measures_each_its_share(tmp_path):
     assert {path.name for path in (tmp_path / "two/host_0").iterdir()} >= {
         "samples.png",
         "nearest.png",
-        "trajectory.npz",
+        "straightness.npz",
     }
     assert not (tmp_path / "two/host_1").exists()  # the first one draws
