@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 import models
 import parallel
@@ -402,7 +402,7 @@ def ema_rate_at(updates: int | Int[Array, ""], ema_rate: float, variable: bool) 
 # --- the training step ------------------------------------------------------------------------------------------------
 
 
-def example_keys(seed: int, step: Int[Array, ""], positions: Int[Array, "b"]) -> Key[Array, "b"]:
+def example_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], positions: Int[Array, "b"]) -> Key[Array, "b"]:
     """The random keys of the examples at `positions` of the global batch, however devices and hosts share it."""
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
@@ -414,15 +414,15 @@ def make_train_step(
     loss: Callable,
     transformation: optax.GradientTransformation,
     *,
-    seed: int,
     ema_rate: float,
     variable_ema_rate: bool,
     on_policy: OnPolicy | None = None,
     drop_nonfinite: bool = False,
     accumulate: int = 1,
 ) -> Callable:
-    """What each device runs in every training stage: (state, batches [n, B, ...]) -> (state, values), n updates.
+    """What each device runs in every training stage: (state, batches [n, B, ...], seed) -> (state, values), n updates.
 
+    The seed is that of noise, times and dropout: an argument, so that runs of other seeds share the compiled program.
     The values are {"loss": [n], "gradient_norm": [n], "parameter_norm": [n]}, over all devices: the mean loss of each
     update's batch, the global norm of its gradient before clipping, and that of the weights after it.
 
@@ -431,7 +431,6 @@ def make_train_step(
       targets: a stage's (keys, batch) -> Targets.
       loss: (velocity, Targets) -> scalar, as `make_loss` makes it.
       transformation: as `optimizer` makes it.
-      seed: of noise, times and dropout.
       ema_rate, variable_ema_rate: as `ema_rate_at`; `variable_ema_rate` holds for the further EMAs too.
       on_policy: for batches with "states".
       drop_nonfinite: an update with a value that is not finite changes nothing but the count of updates. That is
@@ -446,7 +445,7 @@ def make_train_step(
         velocity = model.apply({"params": params}, wanted.x, labels, wanted.index, train=True, rngs=rngs)
         return loss(velocity, wanted)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def update(seed: UInt32[Array, ""], state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         device = parallel.device_index()
         batch = _with_on_policy_pairs(models.velocity_fn(model, state.ema_params), batch, device, on_policy)
         wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
@@ -465,7 +464,7 @@ def make_train_step(
         }
         return (_finite_or_kept(updated, state, values) if drop_nonfinite else updated), values
 
-    return functools.partial(_scan, update)
+    return lambda state, batches, seed: _scan(functools.partial(update, seed), state, batches)
 
 
 def _updated_state(state: TrainState, params, opt_state, ema_rate: float, variable_ema_rate: bool) -> TrainState:

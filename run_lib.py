@@ -237,7 +237,7 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
     """Raises Preempted, with the state saved, if the process is asked to stop; InputError as `UpdateValues.check`."""
     training, step = run.config.training, int(state.step)
     program = parallel.map_devices(_train_step(run, stage, data), all_hosts=True, donate=(0,))
-    state = parallel.replicate(state)
+    state, seed = parallel.replicate((state, np.uint32(run.config.seed)))
     run_ahead, any_host, values = parallel.RunAhead(), parallel.AnyHost(), _update_values(run)
     rates, pace = _learning_rates(run.config), updates.Pace(training.batch_size)
     calls = _calls(training, data, step, pace)
@@ -245,7 +245,7 @@ def _update_until_done(run: _Run, stage: Stage, data: sources.TrainingData, stat
         calls = updates.profiled(calls, run.folder / "profile")
     with tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None) as progress:
         for batch, count in calls:
-            state, computed = program(state, batch)
+            state, computed = program(state, batch, seed)
             run_ahead.add(computed)
             before, step = step, step + count
             values.add(step, computed)
@@ -300,7 +300,6 @@ def _train_step(run: _Run, stage: Stage, data: sources.TrainingData) -> Callable
         stage.targets(config),
         losses.make_loss(training.loss, reduce_mean=training.reduce_mean, lpips=_lpips(config)),
         _optimizer(config),
-        seed=config.seed,
         ema_rate=config.model.ema_rate,
         variable_ema_rate=config.model.variable_ema_rate,
         on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,

@@ -101,7 +101,6 @@ def train_step(config: ConfigDict) -> tuple[Callable, losses.TrainState]:
         losses.rf_targets,
         losses.make_loss("l2"),
         optimizer,
-        seed=0,
         ema_rate=config.model.ema_rate,
         variable_ema_rate=True,
     )
@@ -115,7 +114,8 @@ class Ours:
         """Compiles both."""
         device = jax.local_devices()[:1]
         step, state = train_step(config)
-        self.params, self._state = state.params, parallel.replicate(state, device)
+        self.params = state.params
+        self._state, self._seed = parallel.replicate((state, np.uint32(0)), device)
         self._update = parallel.map_devices(step, devices=device, donate=(0,))
         x = np.random.default_rng(0).uniform(-1, 1, (batch, *image_shape(config))).astype(np.float32)
         self._batch = jax.device_put({"image": x[None, None]}, device[0])
@@ -129,7 +129,7 @@ class Ours:
 
     def update(self) -> jax.Array:
         """The loss of one more update."""
-        self._state, values = self._update(self._state, self._batch)
+        self._state, values = self._update(self._state, self._batch, self._seed)
         return values["loss"]
 
 
@@ -326,12 +326,12 @@ def worker(updates: int) -> None:
     runtime.start_hosts()
     step, state = train_step(first_flow(digits_rf_continuous))
     program = parallel.map_devices(step, all_hosts=True, donate=(0,))
-    state = parallel.replicate(state)
+    state, seed = parallel.replicate((state, np.uint32(0)))
     images = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 8, 8, 1)).astype(np.float32)
     times = []
     for _ in range(updates):
         start = time.perf_counter()
-        state, values = program(state, {"image": images})
+        state, values = program(state, {"image": images}, seed)
         jax.block_until_ready(values)
         times.append(time.perf_counter() - start)
     parallel.sync("measured")

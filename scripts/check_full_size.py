@@ -39,14 +39,13 @@ def training_update(config, model, params):
         transformation,
         ema_rate=settings.ema_rate,
         variable_ema_rate=settings.variable_ema_rate,
-        seed=0,
     )
     device = jax.local_devices()[:1]
     state = parallel.replicate(losses.initial_state(weights, transformation), device)
     size, channels = config.data.image_size, config.data.num_channels
     batch = {"image": np.zeros((1, 1, BATCH, size, size, channels), np.float32)}
     program = parallel.map_devices(train_step, devices=device, donate=(0,))
-    _, values = program(state, batch)
+    _, values = program(state, batch, np.zeros(1, np.uint32))
     return {name: float(value[0, 0]) for name, value in values.items()}
 
 

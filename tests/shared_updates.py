@@ -46,20 +46,19 @@ def updates(devices, accumulate):
         losses.rf_targets,
         losses.make_loss("l2"),
         optimizer,
-        seed=3,
         ema_rate=0.9,
         variable_ema_rate=False,
         accumulate=accumulate,
     )
     own = [device for device in jax.devices()[:devices] if device.process_index == jax.process_index()]
     program = parallel.map_devices(step, devices=None if jax.process_count() > 1 else own, all_hosts=True)
-    state = parallel.replicate(state, own)
+    state, seed = parallel.replicate((state, np.uint32(3)), own)
     share = BATCH // jax.process_count()
     found = []
     for n in range(UPDATES):
         images = np.random.default_rng(n).uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32)
         mine = images[jax.process_index() * share :][:share]
-        state, values = program(state, {"image": mine.reshape(len(own), 1, -1, 8, 8, 1)})
+        state, values = program(state, {"image": mine.reshape(len(own), 1, -1, 8, 8, 1)}, seed)
         found.append(float(values["loss"].addressable_shards[0].data[0, 0]))
         if n == 0:
             moments = parallel.first_copy(state).opt_state[1].mu

@@ -172,7 +172,6 @@ def test_every_device_and_every_part_of_a_batch_draws_its_own_dropout_masks(devi
         losses.rf_targets,
         lambda velocity, targets: jnp.sum(velocity),
         optimizer,
-        seed=0,
         ema_rate=0.9,
         variable_ema_rate=False,
         accumulate=accumulate,
@@ -180,7 +179,7 @@ def test_every_device_and_every_part_of_a_batch_draws_its_own_dropout_masks(devi
     own = jax.devices()[:devices]
     state = parallel.replicate(losses.initial_state(weights, optimizer, from_ema=True), own)
     images = np.zeros((devices, 1, 2 // devices, *pixels), np.float32)
-    state, _ = parallel.map_devices(step, devices=own)(state, {"image": images})
+    state, _ = parallel.map_devices(step, devices=own)(state, {"image": images}, np.zeros(devices, np.uint32))
     gradient = parallel.first_copy(state).opt_state[1].mu["scale"]  # 0, 2: both masks agree; 1: they do not
     values, counts = np.unique(np.round(gradient, 5), return_counts=True)
     np.testing.assert_array_equal(values, [0, 1, 2])
