@@ -27,9 +27,9 @@ def make(config: Any, split: str, to: str | None) -> dict[str, Any]:
     """
     import datasets
     import real_data
-    import run_lib
+    from jobs.parts import real_data_options
 
-    options = run_lib.real_data_options(config)
+    options = real_data_options(config)
     network, source = real_data.feature_network(config.data, options), datasets.image_source(config.data, split)
     real = real_data.of_images(network, source, config.eval.batch_size, split=split, max_real=options.max_real)
     if to:

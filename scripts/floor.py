@@ -21,14 +21,14 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file
 def main(argv: list[str]) -> None:
     """The script: one line for each distance."""
     import evaluation
-    import run_lib
     import runtime
+    from jobs.parts import real_data_of
     from utils import InputError
 
     config = CONFIG.value
     try:
         with runtime.terminal_logging():
-            real = run_lib.real_data_of(config)
+            real = real_data_of(config)
             floor = evaluation.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
     except InputError as error:
         sys.exit(f"error: {error}")

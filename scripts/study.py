@@ -197,9 +197,9 @@ class Study:
     @functools.cached_property
     def real(self) -> Any:
         """The feature network and what is known of the training images' features."""
-        import run_lib
+        from jobs.parts import real_data_of
 
-        return run_lib.real_data_of(self.config(0, {}))
+        return real_data_of(self.config(0, {}))
 
     def _exact_sampler(self, boundaries: tuple[float, ...], seed: int) -> Any:
         import numpy as np

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import run_lib
 from configs.rf.digits_rf_continuous import get_config
+from jobs.parts import real_data_of
 from scripts import dataset_stats
 from utils import InputError
 
@@ -14,9 +14,9 @@ def test_statistics_of_the_digits_are_an_evaluations_own(tmp_path):
     record = dataset_stats.make(config, "train", str(tmp_path / "digits.npz"))
     described = {"data": "digits", "split": "train", "images": 1797, "image_shape": [8, 8, 1]}
     assert record.items() >= (described | {"network": "digits_classifier", "preprocessing": "divided by 255"}).items()
-    own = run_lib.real_data_of(config)
+    own = real_data_of(config)
     config.eval.reference = str(tmp_path / "digits.npz")
-    read = run_lib.real_data_of(config)
+    read = real_data_of(config)
     np.testing.assert_array_equal(read.features, own.features)
     np.testing.assert_array_equal(read.kernel_sums, own.kernel_sums)
     assert own.record == record

@@ -24,6 +24,7 @@ import run_lib
 import runtime
 import sources
 from configs.rf.digits_rf_continuous import get_config
+from jobs import evaluate as evaluate_job
 from pairs.manifest import read_manifest
 from utils import InputError
 
@@ -242,13 +243,13 @@ def test_a_stopped_run_is_saved_is_no_parent_and_goes_on_to_the_same_result(work
 def test_a_stopped_evaluation_keeps_what_is_measured(workdir, monkeypatch):
     config = reflow_config(eval={"begin_step": 0, "end_step": 4, "interval_step": 4})
     config.sampling.method = "pc"
-    measure = run_lib._measure
+    measure = evaluate_job._measure
 
     def measure_and_signal(*arguments):
         measure(*arguments)
         monkeypatch.setattr(runtime.preemption, "requested", signal.SIGINT)
 
-    monkeypatch.setattr(run_lib, "_measure", measure_and_signal)
+    monkeypatch.setattr(evaluate_job, "_measure", measure_and_signal)
     with pytest.raises(runtime.Preempted, match="stopped by SIGINT before checkpoint 4 was measured"):
         run_lib.evaluate(config, workdir, "stopped")
     assert [path.name for path in (workdir / "stopped").glob("step_*")] == ["step_0"]
