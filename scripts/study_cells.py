@@ -163,13 +163,17 @@ class Cell:
 
 
 def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
-    """Every cell of the study, the most telling first: a study that is stopped has answered something."""
+    """Every cell of the study, the most telling first: a study that is stopped has answered something.
+
+    What is a verdict is measured for all seeds, what only looks for something better for the first one.
+    """
+    verdicts = (_distilled(4), _teacher(), _distilled(2), _distilled(8), _on_policy(4), _distilled(1))
+    verdicts += (_reflowed(), _on_policy(2), _on_policy(8))
+    screening = (_elements(), _direct(), _others())
+    groups = [(group, seeds) for group in verdicts] + [(group, seeds[:1]) for group in screening]
     return list(
         dict.fromkeys(
-            Cell(recipe, nfe, seed, sampler)
-            for group in (_rivals(4), _teacher(), _rivals(2), _rivals(8), _rivals(1), _others(), _elements())
-            for seed in seeds
-            for recipe, nfe, sampler in group
+            Cell(recipe, nfe, seed, sampler) for group, own in groups for seed in own for recipe, nfe, sampler in group
         )
     )
 
@@ -182,29 +186,37 @@ def _teacher() -> list[Entry]:
     return [(Recipe(0), n, sampler) for sampler, n in samplers]
 
 
-def _rivals(n: int) -> list[Entry]:
-    """At n calls: plain reflow and k-SeqRF with k = n, their distillations, off and on policy."""
-    segmented = [1] if n == 1 else [1, n]
-    recipes = [Recipe(k, m=n // k) for k in segmented] + [Recipe(k) for k in segmented]
-    if n > 1:
-        recipes += [Recipe(k, m=n // k, on_policy=True, direct=direct) for direct in (False, True) for k in segmented]
-    return [(recipe, n, "euler") for recipe in recipes]
+def _distilled(n: int, **options: bool) -> list[Entry]:
+    """At n calls: k-SeqRF-Distill with k = n, and plain reflow distilled to n steps, at the same cost."""
+    return [(Recipe(k, m=n // k, **options), n, "euler") for k in sorted({1, n})]
+
+
+def _on_policy(n: int) -> list[Entry]:
+    return _distilled(n, on_policy=True)
+
+
+def _reflowed() -> list[Entry]:
+    """Reflow alone, with all of the budget."""
+    return [(Recipe(k), n, "euler") for k in (1, 2, 4, 8) for n in NFES if n >= k]
+
+
+def _direct() -> list[Entry]:
+    """Distilled from the teacher, without reflow: on its pairs, or on its trajectories, on policy."""
+    entries = [(Recipe(4, m=1, direct=True), 4, "euler")]
+    return entries + [entry for n in (4, 2, 8) for entry in _distilled(n, on_policy=True, direct=True)]
 
 
 def _others() -> list[Entry]:
-    """k between 1 and n, SeqRF-Ada, and every reflow model at more calls than it has segments."""
-    entries = [(Recipe(k), n) for k in (1, 2, 4) for n in NFES if n >= k]
-    for k, n in ((2, 4), (2, 8), (4, 8)):
-        entries += [(Recipe(k, m=n // k), n), (Recipe(k, m=n // k, on_policy=True), n)]
-    for n in (4, 8):
-        entries.append((Recipe(4, adaptive=True), n))
-    entries.append((Recipe(4, m=1, direct=True), 4))
-    entries += [(Recipe(4, m=1, adaptive=True), 4), (Recipe(4, m=1, adaptive=True, on_policy=True), 4)]
+    """k between 1 and the calls; SeqRF-Ada."""
+    entries = [
+        (Recipe(k, m=n // k, on_policy=policy), n) for k, n in ((2, 4), (2, 8), (4, 8)) for policy in (False, True)
+    ]
+    entries += [(Recipe(4, adaptive=True), n) for n in (4, 8)]
+    entries += [(Recipe(4, m=1, adaptive=True, on_policy=policy), 4) for policy in (False, True)]
     return [(recipe, n, "euler") for recipe, n in entries]
 
 
 def _elements() -> list[Entry]:
-    """Each element alone at 4 calls, for plain reflow and for 4 segments; then all of them."""
+    """Each element alone at 4 calls, for plain reflow and for 4 segments."""
     names = [*ELEMENTS, *PAIR_ELEMENTS]
-    sets = [(name,) for name in names] + [tuple(names)]
-    return [(Recipe(k, m=4 // k, elements=elements), 4, "euler") for elements in sets for k in (1, 4)]
+    return [(Recipe(k, m=4 // k, elements=(name,)), 4, "euler") for name in names for k in (1, 4)]
