@@ -1,5 +1,7 @@
 """The jobs of main.py: each mode checks its configuration, sets the process up and hands over to a module of `jobs`."""
 
+import os
+
 import jax
 from etils import epath
 
@@ -10,8 +12,9 @@ from jobs.evaluate import evaluate_checkpoints
 from jobs.generate import generate_pairs
 from jobs.parts import Config
 from jobs.sample import sample_checkpoint
-from jobs.stages import stage_of
+from jobs.stages import STAGES, stage_of
 from jobs.train import train_stage
+from utils import InputError
 
 
 def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -> None:
@@ -29,12 +32,23 @@ def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -
 
 def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
     """--mode=eval: measures every checkpoint asked for, as `jobs.evaluate.evaluate_checkpoints`."""
+    _check_folder(eval_folder)
     evaluate_checkpoints(_prepare(config, "eval"), epath.Path(workdir), eval_folder, log_name)
 
 
 def sample(config: Config, workdir: epath.PathLike, eval_folder: str) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
+    _check_folder(eval_folder)
     sample_checkpoint(_prepare(config, "sample"), epath.Path(workdir), eval_folder)
+
+
+def _check_folder(eval_folder: str) -> None:
+    """Raises InputError where results would lie among what other jobs write."""
+    first = os.path.normpath(eval_folder).split(os.sep)[0]
+    if first in {"samples", "wandb", *(stage.folder for stage in STAGES.values())}:
+        raise InputError(
+            f"--eval_folder={eval_folder}: other jobs write into {first}; choose another name, such as eval"
+        )
 
 
 def _prepare(config: Config, mode: str) -> Config:

@@ -106,6 +106,8 @@ def check_options(config, mode: str):
             f"--config.optim.schedule=cosine falls after the warm-up: training.n_iters={training.n_iters} must be more "
             f"than optim.warmup={config.optim.warmup}"
         )
+    if training.snapshot_fid_sample == 1:
+        raise InputError("--config.training.snapshot_fid_sample=1: distances need 2 samples or more; use 0 for none")
     needs_lpips = mode == "train" and training.loss == "lpips_huber"
     if needs_lpips and not (is_given(training.lpips_path) and is_given(training.lpips_heads)):
         raise InputError(

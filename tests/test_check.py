@@ -32,6 +32,7 @@ def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(
     ("mode", "settings", "message"),
     [
         ("train", {"training__loss": "lpips_huber"}, "give training.lpips_path and training.lpips_heads"),
+        ("train", {"training__snapshot_fid_sample": 1}, "need 2 samples or more"),
         ("train", {"training__inverted_pairs": 0.5, "training__reflow_store_noise": False}, "reflow_store_noise=True"),
         ("train", {"model__ema_rates": (0.9, 1.5)}, "rates from 0 to 1"),
         ("train", {"model__ema_rates": (0.999999,)}, "other than ema_rate"),

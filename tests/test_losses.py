@@ -270,7 +270,9 @@ def _updates(devices, per_device, batches, state=None, **options):
         return rows.reshape(n, devices, -1, *rows.shape[1:]).swapaxes(0, 1)
 
     replicated = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * devices), state)
-    state, values = program(replicated, {name: shared(rows) for name, rows in batches.items()}, np.full(devices, 5, np.uint32))
+    state, values = program(
+        replicated, {name: shared(rows) for name, rows in batches.items()}, np.full(devices, 5, np.uint32)
+    )
     return jax.tree.map(lambda a: a[0], (state, values))
 
 

@@ -50,8 +50,8 @@ def sample_config(**changes):
 def folder(workdir):
     """Everything that --mode=sample writes."""
     config = sample_config(interpolate=True, trajectory=True, frames=5)
-    run_lib.sample(config, workdir, "samples")
-    return workdir / "samples"
+    run_lib.sample(config, workdir, "drawn")
+    return workdir / "drawn"
 
 
 def test_samples_are_those_of_the_exported_model_bit_for_bit(workdir, folder):
@@ -121,6 +121,9 @@ def test_settings_that_cannot_work_are_refused(workdir, tmp_path):
         run_lib.sample(config, workdir, "refused")
     with pytest.raises(InputError, match="no checkpoint to evaluate"):
         run_lib.sample(sample_config(), tmp_path, "refused")
+    for folder in ("samples", "2_rf/new"):
+        with pytest.raises(InputError, match=rf"--eval_folder={folder}: other jobs write into"):
+            run_lib.sample(sample_config(), workdir, folder)
 
 
 def test_arcs_between_noises_are_scipys():
