@@ -84,8 +84,8 @@ def mean_over_devices(tree: Any) -> Any:
 
 
 def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
-    """A copy of `tree` for each of this host's devices."""
-    return flax.jax_utils.replicate(tree, devices or jax.local_devices())
+    """A copy of `tree` for each of this host's devices, laid out as `map_devices` returns it: it compiles once."""
+    return flax.jax_utils.replicate(tree, devices or jax.local_devices(), axis_name=AXIS)
 
 
 def split_rows(batches: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ def sync(name: str) -> None:
 
 def prefetch(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches [devices, ...] of NumPy arrays, on the devices, PREFETCH of them ahead of use."""
-    return flax.jax_utils.prefetch_to_device(batches, PREFETCH, devices=jax.local_devices())
+    return flax.jax_utils.prefetch_to_device(batches, PREFETCH, devices=jax.local_devices(), axis_name=AXIS)
 
 
 class RunAhead:

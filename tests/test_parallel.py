@@ -51,6 +51,17 @@ def test_a_replicated_tree_comes_back_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, parallel.first_copy(parallel.replicate(tree)), tree)
 
 
+def test_a_program_that_is_given_its_own_results_is_compiled_once(caplog):
+    program = parallel.map_devices(lambda state, rows: state + rows.sum())
+    state = parallel.replicate(np.float32(2))
+    batches = parallel.prefetch(iter([np.ones((jax.local_device_count(), 3), np.float32)] * 3))
+    with jax.log_compiles():
+        for rows in batches:
+            state = program(state, rows)
+    np.testing.assert_array_equal(state, 2 + 3 * 3)
+    assert sum("Finished XLA compilation" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_one_process_gathers_its_own_rows_as_they_are():
     rows = {"features": np.arange(6.0, dtype=np.float32).reshape(3, 2), "index": np.arange(3)}
     jax.tree.map(np.testing.assert_array_equal, parallel.gather(rows), rows)
