@@ -1,11 +1,14 @@
 """Kills every stage and an evaluation again and again, and compares with a run that was left alone.
 
-    python scripts/chaos.py WORKDIR [--seed 0] [--kills 2] [--jobs 1_rf,pairs,2_rf,2_distill,ode]
+    python scripts/chaos.py WORKDIR [--seed 0] [--kills 2] [--jobs 1_rf,pairs,2_rf,2_distill,ode] [--fill]
 
 Each job is started by `main.py` with a tiny network, gets SIGKILL or SIGTERM at a random moment after a random line of
 its log, and is started again, until it has been stopped so often and ends by itself. Checkpoints, pairs, logged numbers
 and metrics must be equal bit for bit, and after a SIGTERM the next start must go on from the very update of the stop.
 The exit status is 1 if something differs. Moments depend on the seed and on how fast the machine is.
+
+With --fill the disk runs full at such a moment instead, and has room again for the next start: the job must end in one
+line of error. WORKDIR must be on a disk of at most a gigabyte: mount -t tmpfs -o size=100m tmpfs WORKDIR
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +45,10 @@ JOBS = {
     "2_distill": ["--mode=train", "--config.training.reflow_mode=train_distill"],
     "ode": ["--mode=eval", "--eval_folder=ode"],
 }
+BALLAST = "ballast"  # the file that fills a disk
+LARGEST_DISK = 1 << 30  # of those that are filled
 LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")  # of SeqRF's own log
+STOPPED = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 2)  # exit statuses: a signal, a disk that is full
 # What depends on the moment or on the folder, and on nothing else.
 UNCOMPARED = re.compile(r"seconds|per_second|input_wait|provenance|source|folder|hash")
 
@@ -54,11 +61,23 @@ def command(workdir: pathlib.Path, job: str, settings: dict) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """A signal, sent so many seconds after a line of log, counted from 1."""
+    """A signal, or (None) a disk that runs full, so many seconds after a line of log, counted from 1."""
 
     line: int
     seconds: float
-    number: signal.Signals
+    number: signal.Signals | None
+
+    @property
+    def name(self) -> str:
+        """SIGKILL, SIGTERM or 'disk full'."""
+        return self.number.name if self.number else "disk full"
+
+
+def fill_disk(cache: pathlib.Path) -> None:
+    """Leaves no room on the disk of the cache, by a file beside it."""
+    with contextlib.suppress(OSError), open(cache.parent / BALLAST, "wb", buffering=0) as ballast:
+        while ballast.write(bytes(4096)) == 4096:
+            pass
 
 
 def run(arguments: list[str], cache: pathlib.Path, stop: Stop | None = None) -> tuple[int, str, list[float]]:
@@ -76,15 +95,20 @@ def run(arguments: list[str], cache: pathlib.Path, stop: Stop | None = None) -> 
             if stop is not None and len(times) == stop.line:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=stop.seconds)
-                process.send_signal(stop.number)  # does nothing where the job has ended
-    return process.wait(), "".join(said), times
+                if stop.number is None:
+                    fill_disk(cache)
+                else:
+                    process.send_signal(stop.number)  # does nothing where the job has ended
+    code = process.wait()
+    (cache.parent / BALLAST).unlink(missing_ok=True)
+    return code, "".join(said), times
 
 
-def random_stop(times: list[float], rng: random.Random) -> Stop:
-    """A stop between two of the lines of log that an undisturbed run wrote at `times`."""
+def random_stop(times: list[float], rng: random.Random, numbers: list[signal.Signals | None]) -> Stop:
+    """A stop, by one of `numbers`, between two of the lines of log that an undisturbed run wrote at `times`."""
     line = rng.randrange(1, len(times))
     seconds = rng.uniform(0, times[line] - times[line - 1])
-    return Stop(line, seconds, rng.choice([signal.SIGKILL, signal.SIGTERM]))
+    return Stop(line, seconds, rng.choice(numbers))
 
 
 def disturb(arguments: list[str], cache: pathlib.Path, stops: list[Stop]) -> list[str]:
@@ -97,11 +121,11 @@ def disturb(arguments: list[str], cache: pathlib.Path, stops: list[Stop]) -> lis
             faults.append(f"stopped after update {stopped_at}, resumed from {resumed and resumed[1]}")
         stopped = re.search(r"stopped by SIGTERM after update (\d+)", said)
         stopped_at = stopped and stopped[1]
-        what = stop.number.name if stop else "left alone"
+        what = stop.name if stop else "left alone"
         print(f"  {what}: exit {code}" + (f" after update {stopped_at}" if stopped else ""), flush=True)
         if code == 0:
             return faults
-        if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM) or "Traceback" in said:
+        if code not in STOPPED or "Traceback" in said or (code == 2 and said.count("\nerror: ") != 1):
             return [*faults, f"exit {code}: {said[-2000:]}"]
     return [*faults, "it never ended"]
 
@@ -134,8 +158,11 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
     return found
 
 
-def chaos(workdir: pathlib.Path, jobs: list[str], *, seed: int, kills: int, settings: dict = TINY) -> list[str]:
+def chaos(
+    workdir: pathlib.Path, jobs: list[str], *, seed: int, kills: int, fills: bool = False, settings: dict = TINY
+) -> list[str]:
     """Runs the jobs undisturbed and disturbed, in two folders of `workdir`; what differs or went wrong."""
+    numbers = [None] if fills else [signal.SIGKILL, signal.SIGTERM]
     rng, cache, faults = random.Random(seed), workdir / "cache", []
     alone, killed = workdir / "undisturbed", workdir / "disturbed"
     for job in jobs:
@@ -143,10 +170,13 @@ def chaos(workdir: pathlib.Path, jobs: list[str], *, seed: int, kills: int, sett
         code, said, times = run(command(alone, job, settings), cache)
         if code:
             return [*faults, f"{job} undisturbed: exit {code}: {said[-2000:]}"]
-        stops = [random_stop(times, rng) for _ in range(kills)]
+        stops = [random_stop(times, rng, numbers) for _ in range(kills)]
         faults += [f"{job}: {fault}" for fault in disturb(command(killed, job, settings), cache, stops)]
     one, other = contents(alone), contents(killed)
-    return faults + [f"{name} differs" for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+    names = sorted(one.keys() | other.keys())
+    differing = [name for name in names if one.get(name) != other.get(name)]
+    print(f"{len(names) - len(differing)} of {len(names)} files are equal bit for bit", flush=True)
+    return faults + [f"{name} differs" for name in differing]
 
 
 def main():
@@ -155,9 +185,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=2, help="of each job, at most")
     parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--fill", action="store_true", help="fill WORKDIR's disk instead of sending signals")
     given = parser.parse_args()
-    faults = chaos(given.workdir.resolve(), given.jobs.split(","), seed=given.seed, kills=given.kills)
-    print("\n".join(faults) or "all equal bit for bit")
+    workdir = given.workdir.resolve()
+    if given.fill and shutil.disk_usage(workdir).total > LARGEST_DISK:
+        parser.error(f"{workdir} is on a disk of more than a gigabyte, which is not filled; mount a small one there")
+    faults = chaos(workdir, given.jobs.split(","), seed=given.seed, kills=given.kills, fills=given.fill)
+    print("\n".join(faults) or "nothing went wrong")
     sys.exit(1 if faults else 0)
 
 
