@@ -103,6 +103,9 @@ class Study:
         """The model of a recipe, trained as far as it is not yet."""
         if not recipe.k:
             return Model(self.teacher[0], recipe)
+        if recipe.scale != 1:
+            scaled = Study(self.bench.scaled(recipe.scale), self.workdir / f"budget_x{recipe.scale:g}")
+            return dataclasses.replace(scaled.model(dataclasses.replace(recipe, scale=1), seed), recipe=recipe)
         return self._distilled(recipe, seed) if recipe.m else self._reflowed(recipe, seed, whole=True)
 
     def _folder(self, name: str, seed: int) -> Path:

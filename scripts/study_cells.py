@@ -76,6 +76,17 @@ class Bench:
         """The budget in network calls."""
         return self.budget * self.batch_size * CALLS_PER_EXAMPLE
 
+    def scaled(self, scale: float) -> "Bench":
+        """The bench with `scale` times the budget, spent in the same parts."""
+        return dataclasses.replace(
+            self,
+            budget=round(scale * self.budget),
+            reflow=round(scale * self.reflow),
+            pairs={k: (round(scale * noises), solver) for k, (noises, solver) in self.pairs.items()},
+            trajectories={k: round(scale * noises) for k, noises in self.trajectories.items()},
+            direct_trajectories={k: round(scale * noises) for k, noises in self.direct_trajectories.items()},
+        )
+
 
 BENCHES = {
     "fashion_mnist_14": Bench(
@@ -98,6 +109,7 @@ class Recipe:
       direct: distilled from the teacher, without a reflow stage.
       adaptive: SeqRF-Ada's boundaries.
       elements: of ELEMENTS and PAIR_ELEMENTS, in all stages.
+      scale: of the budget, see `Bench.scaled`.
     """
 
     k: int
@@ -106,6 +118,7 @@ class Recipe:
     direct: bool = False
     adaptive: bool = False
     elements: tuple[str, ...] = ()
+    scale: float = 1
 
     @property
     def name(self) -> str:
@@ -117,6 +130,7 @@ class Recipe:
             f"m{self.m}": self.m,
             "on_policy": self.on_policy,
             "direct": self.direct,
+            f"x{self.scale:g}": self.scale != 1,
         }
         return "_".join([f"k{self.k}", *(mark for mark, given in marks.items() if given)]) + "".join(
             f"+{element}" for element in self.elements
@@ -169,7 +183,7 @@ def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
     """
     verdicts = (_distilled(4), _teacher(), _distilled(2), _distilled(8), _on_policy(4), _distilled(1))
     verdicts += (_reflowed(), _on_policy(2), _on_policy(8))
-    screening = (_elements(), _direct(), _others())
+    screening = (_elements(), _budgets(), _direct(), _others())
     groups = [(group, seeds) for group in verdicts] + [(group, seeds[:1]) for group in screening]
     return list(
         dict.fromkeys(
@@ -214,6 +228,12 @@ def _others() -> list[Entry]:
     entries += [(Recipe(4, adaptive=True), n) for n in (4, 8)]
     entries += [(Recipe(4, m=1, adaptive=True, on_policy=policy), 4) for policy in (False, True)]
     return [(recipe, n, "euler") for recipe, n in entries]
+
+
+def _budgets() -> list[Entry]:
+    """At 4 calls, with half and twice the budget."""
+    recipes = [Recipe(k, m=4 // k, scale=scale) for scale in (0.5, 2) for k in (1, 4)]
+    return [(recipe, 4, "euler") for recipe in recipes]
 
 
 def _elements() -> list[Entry]:

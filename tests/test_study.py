@@ -67,6 +67,18 @@ def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path):
     assert row["rms_to_teacher"] > 0
 
 
+def test_a_scaled_budget_is_that_of_runs_in_a_folder_of_their_own(bench, tmp_path, monkeypatch):
+    def distilled(runs, recipe, seed):
+        assert recipe == Recipe(2, m=1)
+        return study.Model(runs.workdir, recipe, calls=runs.bench.calls)
+
+    monkeypatch.setattr(study.Study, "_distilled", distilled)
+    model = study.Study(bench, tmp_path).model(Recipe(2, m=1, scale=2), 0)
+    assert (model.recipe.name, model.calls) == ("k2_m1_x2", 2 * bench.calls)
+    assert model.checkpoint == tmp_path / "budget_x2"
+    assert bench.scaled(2).pairs == {2: (32, "bosh3")}
+
+
 def test_rows_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "study.jsonl"
     study.append_row({"cell": "a"}, path)
