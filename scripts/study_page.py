@@ -9,6 +9,7 @@ import dataclasses
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,33 @@ def draw_against(cells: Rows, x: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_summary(cells: Rows, path: Path) -> None:
+    """The picture of README: at N calls the teacher, plain reflow distilled to N steps, and N-SeqRF-Distill."""
+    from matplotlib import pyplot as plt
+
+    series: dict[str, Callable[[int], Recipe]] = {
+        "1-RF, N Euler steps": lambda n: Recipe(0),
+        "plain reflow, distilled to N steps": lambda n: Recipe(1, m=n),
+        "N-SeqRF-Distill": lambda n: Recipe(n, m=1),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
+        for line, recipe_at in series.items():
+            found = {n: cells.get((recipe_at(n).name, "euler", n), {}).values() for n in NFES}
+            values = {n: [row[name] for row in rows] for n, rows in found.items() if rows}
+            spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values.values()]
+            axis.errorbar(
+                values.keys(), list(map(statistics.mean, values.values())), spreads, fmt="o-", capsize=3, label=line
+            )
+        axis.set(xlabel="N: network calls an image", ylabel=label, yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(NFES, NFES)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_samples(bench: Bench, cells: Rows, workdir: Path, path: Path) -> None:
     """The same ten noises by the teacher and by the models of the first seed that are in `workdir`."""
     from matplotlib import pyplot as plt
@@ -181,6 +209,7 @@ def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> s
     PICTURES.mkdir(exist_ok=True)
     draw_against(cells, "nfe", PICTURES / f"{bench.name}_nfe.png")
     draw_against(cells, "network_calls", PICTURES / f"{bench.name}_cost.png")
+    draw_summary(cells, PICTURES / f"{bench.name}_summary.png")
     same = PICTURES / f"{bench.name}_samples.png"
     if workdir:
         draw_samples(bench, cells, workdir, same)
@@ -188,6 +217,8 @@ def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> s
 
 {len(here)} rows, {len(missing)} cells still to be run. Teacher `{bench.teacher}` ({here[0]["teacher"]}); budget of a
 model {bench.calls:,} network calls; {bench.samples} samples; devices: {devices}.
+
+![FID and distance at equal calls and equal cost](choosing_k/{same.name.replace("samples", "summary")})
 
 ### Verdicts
 
