@@ -94,7 +94,7 @@ class Study:
         """The teacher's path and fingerprint."""
         import checkpoints
 
-        path = ROOT / self.bench.teacher
+        path = Path(self.bench.teacher)
         return path, checkpoints.fingerprint(checkpoints.restore(path)[0].ema_params)
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -394,7 +394,8 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = BENCHES[arguments.bench]
     bench = dataclasses.replace(bench, teacher=arguments.teacher or bench.teacher)
-    study = Study(bench, arguments.workdir / bench.name)
+    study = Study(bench, arguments.workdir.absolute() / bench.name)
+    os.chdir(ROOT)  # the teacher's path is the same in every clone: it is compared when a run goes on
     cells = all_cells(tuple(map(int, arguments.seeds.split(","))))
     with runtime.terminal_logging():
         if arguments.verify:

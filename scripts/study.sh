@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The study, then its page: scripts/study.sh [BENCH] [WORKDIR]
+#
+# Trains and measures every cell that results/study.jsonl lacks, and writes docs/choosing_k.md. Stopped at any point, it
+# goes on with the cells that are missing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
+
+workdir="${2:-runs/study}"
+.venv/bin/python scripts/study.py "${1:-fashion_mnist_14}" --workdir "$workdir"
+.venv/bin/python scripts/study_page.py --workdir "$workdir"
