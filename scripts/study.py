@@ -393,7 +393,9 @@ def main() -> None:
     parser.add_argument("--teacher", help="another 1-RF than the bench's own")
     arguments = parser.parse_args()
     bench = BENCHES[arguments.bench]
-    bench = dataclasses.replace(bench, teacher=arguments.teacher or bench.teacher)
+    bench = dataclasses.replace(
+        bench, teacher=os.path.abspath(arguments.teacher) if arguments.teacher else bench.teacher
+    )
     study = Study(bench, arguments.workdir.absolute() / bench.name)
     os.chdir(ROOT)  # the teacher's path is the same in every clone: it is compared when a run goes on
     cells = all_cells(tuple(map(int, arguments.seeds.split(","))))

@@ -7,6 +7,7 @@ import argparse
 import collections
 import dataclasses
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -263,9 +264,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, help="of scripts/study.py, for the pictures of samples")
     arguments = parser.parse_args()
+    workdir = arguments.workdir and arguments.workdir.absolute()
+    os.chdir(ROOT)  # the teachers' paths are relative to it
     rows = study.read_rows()
     measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
-    PAGE.write_text("\n".join([INTRODUCTION, *(section(bench, rows, arguments.workdir) for bench in measured)]))
+    PAGE.write_text("\n".join([INTRODUCTION, *(section(bench, rows, workdir) for bench in measured)]))
     print(f"wrote {PAGE}")
 
 
