@@ -1,5 +1,6 @@
 """Shape checking for every test, two devices on one CPU, and nothing that reaches a network."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -62,6 +63,21 @@ def large_set(tmp_path_factory):
 def copied_set(large_set, tmp_path):
     """A copy of `large_set`, to be damaged."""
     return shutil.copytree(large_set, tmp_path / "p")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A workdir where every training stage has run (`tiny_run`), once for all workers; not to be changed."""
+    import tiny_run
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
+    with open(f"{folder}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            tiny_run.train_stages(folder)
+            lock.write("done")
+    return folder
 
 
 def _generated(tmp_path_factory, **changes):

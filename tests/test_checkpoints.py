@@ -11,33 +11,17 @@ from etils import epath
 from flax import traverse_util
 from pair_maker import mount_bucket
 from safetensors.numpy import load_file, save_file
+from tiny_run import network_config, random_weights
 
 import checkpoints
 import losses
 import models
-from configs.rf.digits_rf_continuous import get_config
 from utils import InputError
-
-
-def tiny_config(k=1):
-    config = get_config()
-    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
-    config.training.reflow_t = k
-    return config
 
 
 @pytest.fixture(scope="module")
 def weights():
-    config = tiny_config()
-    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
-    random = np.random.default_rng(0)
-
-    def noise(tree):
-        return jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32), tree)
-
-    return models.Weights(
-        params=noise(params), ema_params=noise(params), mu=noise(params), nu=noise(params), count=7, step=30
-    )
+    return random_weights(network_config(), count=7, step=30)
 
 
 def state_of(weights, step):
@@ -61,7 +45,7 @@ def saved(folder, config, weights, *steps, keep=True):
 
 
 def test_a_state_comes_back_bit_for_bit_and_the_latest_counts(tmp_path, weights):
-    config = tiny_config()
+    config = network_config()
     saved(tmp_path / "1_rf", config, weights, 0, 10)
     saved(tmp_path / "1_rf", config, weights, 5, 15, keep=False)
     assert checkpoints.steps_in(tmp_path / "1_rf") == [0, 10]
@@ -74,9 +58,9 @@ def test_a_state_comes_back_bit_for_bit_and_the_latest_counts(tmp_path, weights)
 
 
 def test_another_network_is_not_resumed(tmp_path, weights):
-    saved(tmp_path / "1_rf", tiny_config(), weights, 0)
+    saved(tmp_path / "1_rf", network_config(), weights, 0)
     kept = checkpoints.RunCheckpoints(tmp_path / "1_rf")
-    other = tiny_config()
+    other = network_config()
     other.model.nf = 8
     with pytest.raises(InputError, match="another --workdir"):
         kept.resume(jax.eval_shape(lambda: state_of(weights, 0)), metadata(other))
@@ -85,8 +69,8 @@ def test_another_network_is_not_resumed(tmp_path, weights):
 
 @pytest.mark.parametrize("place", ["", "1_rf", "1_rf/checkpoints", "1_rf/checkpoints/10"])
 def test_weights_load_from_any_folder_of_a_run_with_their_head_copied(tmp_path, weights, place):
-    saved(tmp_path / "1_rf", tiny_config(), weights, 0, 10)
-    loaded = checkpoints.load_weights(tmp_path / place, tiny_config(k=3))
+    saved(tmp_path / "1_rf", network_config(), weights, 0, 10)
+    loaded = checkpoints.load_weights(tmp_path / place, network_config(k=3))
     assert loaded.step == 10
     same(loaded.ema_params, models.expand_heads(weights.ema_params, 3))
     same(loaded.nu, models.expand_heads(weights.nu, 3))
@@ -94,17 +78,17 @@ def test_weights_load_from_any_folder_of_a_run_with_their_head_copied(tmp_path, 
 
 def test_an_exported_file_comes_back_bit_for_bit(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
-    checkpoints.export_file(path, weights, tiny_config())
+    checkpoints.export_file(path, weights, network_config())
     (tmp_path / "another").touch()
     assert path.stat().st_mode == (tmp_path / "another").stat().st_mode
-    loaded = checkpoints.load_weights(path, tiny_config())
+    loaded = checkpoints.load_weights(path, network_config())
     same(loaded.params, weights.params)
     same(loaded.mu, weights.mu)
     assert (loaded.step, loaded.count) == (30, 7)
 
 
 def test_what_is_no_checkpoint_of_this_network_is_named(tmp_path, weights):
-    config = tiny_config()
+    config = network_config()
     with pytest.raises(InputError, match="no checkpoint at"):
         checkpoints.load_weights(tmp_path / "nowhere", config)
     (tmp_path / "empty").mkdir()
@@ -117,14 +101,14 @@ def test_what_is_no_checkpoint_of_this_network_is_named(tmp_path, weights):
     with pytest.raises(InputError, match="not a file that SeqRF exported"):
         checkpoints.load_weights(path, config)
     path.write_bytes(whole)
-    other = tiny_config()
+    other = network_config()
     other.model.fir = True
     with pytest.raises(InputError, match=r"model\.fir = False"):
         checkpoints.load_weights(path, other)
 
 
 def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
-    config = tiny_config()
+    config = network_config()
     saved(tmp_path / "1_rf", config, weights, 10)
     folder = tmp_path / "1_rf" / "checkpoints" / "10"
     (folder / "state" / "manifest.ocdbt").write_bytes(b"broken")
@@ -133,21 +117,21 @@ def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
 
 
 def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):
-    saved(tmp_path / "1_rf", tiny_config(), weights, 10)
-    saved(tmp_path / "2_rf", tiny_config(), weights, 10)
+    saved(tmp_path / "1_rf", network_config(), weights, 10)
+    saved(tmp_path / "2_rf", network_config(), weights, 10)
     with pytest.raises(InputError, match="several stages"):
-        checkpoints.load_weights(tmp_path, tiny_config())
+        checkpoints.load_weights(tmp_path, network_config())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio
 def test_a_save_that_fails_is_one_line_and_leaves_earlier_checkpoints(tmp_path, weights):
     kept = checkpoints.RunCheckpoints(tmp_path / "1_rf")
-    kept.save(state_of(weights, 10), metadata(tiny_config()), keep=True)
+    kept.save(state_of(weights, 10), metadata(network_config()), keep=True)
     kept.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # longer files fail as on a full disk
     try:
-        kept.save(state_of(weights, 20), metadata(tiny_config()), keep=True)
+        kept.save(state_of(weights, 20), metadata(network_config()), keep=True)
         with pytest.raises(InputError, match="1_rf: File too large; those before it are complete"):
             kept.wait()
     finally:
@@ -155,7 +139,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_earlier_checkpoints(tmp_path, 
     with contextlib.suppress(InputError):
         kept.close()
     assert checkpoints.steps_in(tmp_path / "1_rf") == [10]
-    same(checkpoints.load_weights(tmp_path / "1_rf", tiny_config()).params, weights.params)
+    same(checkpoints.load_weights(tmp_path / "1_rf", network_config()).params, weights.params)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, weights, monkeypatch):
@@ -175,7 +159,7 @@ UNEVEN = [1.0, 0.7, 0.0]
 
 def learned(folder, weights, **more):
     """A stage's folder with one checkpoint of two uneven segments."""
-    noted = checkpoints.make_metadata(tiny_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
+    noted = checkpoints.make_metadata(network_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
     kept = checkpoints.RunCheckpoints(folder)
     kept.save(state_of(expanded(weights, 2), 10), {**noted, **more}, keep=True)
     kept.close()
@@ -197,10 +181,10 @@ def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
 
 def test_an_exported_file_keeps_uneven_boundaries(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
-    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2), UNEVEN, teacher="0f")
+    checkpoints.export_file(path, expanded(weights, 2), network_config(k=2), UNEVEN, teacher="0f")
     assert checkpoints.read_metadata(path)["boundaries"] == UNEVEN
     assert checkpoints.read_metadata(path)["teacher"] == "0f"
-    checkpoints.export_file(path, expanded(weights, 2), tiny_config(k=2))
+    checkpoints.export_file(path, expanded(weights, 2), network_config(k=2))
     assert checkpoints.read_metadata(path)["boundaries"] == [1.0, 0.5, 0.0]
     assert checkpoints.read_metadata(path)["teacher"] is None
 
@@ -222,7 +206,7 @@ def rewritten(path, change):
 
 
 def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
-    path, config = tmp_path / "exported.safetensors", tiny_config()
+    path, config = tmp_path / "exported.safetensors", network_config()
     checkpoints.export_file(path, weights, config)
     rewritten(path, lambda d: d["model"].update(nf="many"))
     with pytest.raises(InputError, match=r"incomplete or corrupt checkpoint .*: config\.model\.nf = 'many'"):
@@ -236,7 +220,7 @@ def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
 
 
 def test_metadata_written_before_the_options_were_normalised_names_the_same_network(tmp_path, weights):
-    path, config = tmp_path / "exported.safetensors", tiny_config()
+    path, config = tmp_path / "exported.safetensors", network_config()
     checkpoints.export_file(path, weights, config)
     raw = {"fir_kernel": [1, 3, 3, 1], "fourier_scale": 16, "sigma_min": None, "nonlinearity": "Swish"}
     rewritten(path, lambda d: d["model"].update(raw))
@@ -244,8 +228,8 @@ def test_metadata_written_before_the_options_were_normalised_names_the_same_netw
 
 
 def test_noise_levels_matter_where_the_network_uses_them(tmp_path, weights):
-    path, config = tmp_path / "exported.safetensors", tiny_config()
-    other = tiny_config()
+    path, config = tmp_path / "exported.safetensors", network_config()
+    other = network_config()
     other.model.sigma_max = 30.0
     checkpoints.export_file(path, weights, config)
     checkpoints.load_weights(path, other)
@@ -283,17 +267,17 @@ def test_weights_that_are_not_the_networks_are_named(tmp_path, weights, kind, na
     change, expected = CHANGES[name]
     path = tmp_path / kind
     if kind == "file":
-        checkpoints.export_file(path, spoilt(weights, change), tiny_config())
+        checkpoints.export_file(path, spoilt(weights, change), network_config())
     else:
-        saved(path, tiny_config(), spoilt(weights, change), 10)
+        saved(path, network_config(), spoilt(weights, change), 10)
     with pytest.raises(InputError, match=expected):
-        checkpoints.load_weights(path, tiny_config(k=2))
+        checkpoints.load_weights(path, network_config(k=2))
 
 
 def test_other_heads_are_named(tmp_path, weights):
     learned(tmp_path, weights)
     with pytest.raises(InputError, match=r"2 time-embedding heads, this run has k = 3; set training\.reflow_t to 2"):
-        checkpoints.load_weights(tmp_path, tiny_config(k=3))
+        checkpoints.load_weights(tmp_path, network_config(k=3))
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path):
@@ -308,11 +292,11 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
 def test_remote_files_are_written_and_read(tmp_path, weights, monkeypatch):
     mount_bucket(monkeypatch, tmp_path)
     path = epath.Path("gs://bucket/exported.safetensors")
-    checkpoints.export_file(path, weights, tiny_config())
-    checkpoints.export_file(tmp_path / "local", weights, tiny_config())
-    loaded = checkpoints.load_weights(path, tiny_config())
+    checkpoints.export_file(path, weights, network_config())
+    checkpoints.export_file(tmp_path / "local", weights, network_config())
+    loaded = checkpoints.load_weights(path, network_config())
     same((loaded.params, loaded.nu), (weights.params, weights.nu))
-    assert checkpoints.load_weights(tmp_path / "local", tiny_config()).step == loaded.step == 30
+    assert checkpoints.load_weights(tmp_path / "local", network_config()).step == loaded.step == 30
     assert {entry.name for entry in tmp_path.iterdir()} == {"exported.safetensors", "local"}
 
 

@@ -7,14 +7,13 @@ import json
 import pathlib
 import runpy
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_exported import metadata, tiny_config
+from test_exported import metadata
+from tiny_run import network_config, random_weights
 
 import exported
-import models
 import sampler
 
 SCRIPT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "explore.py"))
@@ -23,10 +22,7 @@ SCRIPT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "exp
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A 2-SeqRF with random weights."""
-    params = models.init_params(models.create_model(tiny_config()), jax.random.key(0), (8, 8, 1))
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: 0.1 * random.normal(size=a.shape).astype(np.float32), params)
-    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    weights = random_weights(network_config(k=2))
     path = tmp_path_factory.mktemp("model")
     exported.write_folder(path, weights, metadata())
     return path

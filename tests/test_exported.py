@@ -13,38 +13,26 @@ import pytest
 import safetensors
 import yaml
 from safetensors.numpy import load_file, save_file
+from tiny_run import network_config, random_weights
 
 import checkpoints
 import exported
 import models
 import sampler
 import sampling
-from configs.rf.digits_rf_continuous import get_config
 from utils import InputError
 
 export_main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "export.py"))["main"]
-
-
-def tiny_config(k=2):
-    config = get_config()
-    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
-    config.training.reflow_t = k
-    return config
+CONFIG = network_config(k=2)
 
 
 @pytest.fixture(scope="module")
 def weights():
-    params = models.init_params(models.create_model(tiny_config()), jax.random.key(0), (8, 8, 1))
-    random = np.random.default_rng(0)
-
-    def noise():
-        return jax.tree.map(lambda a: 0.1 * random.normal(size=a.shape).astype(np.float32), params)
-
-    return models.Weights(params=noise(), ema_params=noise(), mu=noise(), nu=noise(), count=7, step=30)
+    return random_weights(CONFIG, count=7, step=30)
 
 
 def metadata(stage="2_rf", boundaries=(1, 0.7, 0)):
-    return checkpoints.make_metadata(tiny_config(), stage, boundaries, source="/home/me/1_rf", teacher="0f")
+    return checkpoints.make_metadata(CONFIG, stage, boundaries, source="/home/me/1_rf", teacher="0f")
 
 
 @pytest.fixture
@@ -59,7 +47,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_the_ema_alone_is_loaded_as_raw_weights_with_zero_moments(folder, weights, name):
-    loaded = checkpoints.load_weights(folder / name, tiny_config())
+    loaded = checkpoints.load_weights(folder / name, CONFIG)
     same(loaded.params, weights.ema_params)
     same(loaded.ema_params, weights.ema_params)
     same((loaded.mu, loaded.nu), jax.tree.map(np.zeros_like, (weights.params, weights.params)))
@@ -72,7 +60,7 @@ def test_the_ema_alone_is_loaded_as_raw_weights_with_zero_moments(folder, weight
 
 def test_a_full_folder_has_all_trees(tmp_path, weights):
     exported.write_folder(tmp_path, weights, metadata(), full=True)
-    loaded = checkpoints.load_weights(tmp_path, tiny_config())
+    loaded = checkpoints.load_weights(tmp_path, CONFIG)
     same((loaded.params, loaded.mu, loaded.nu), (weights.params, weights.mu, weights.nu))
     assert loaded.count == 7
 
@@ -155,7 +143,7 @@ def test_links_as_a_hubs_cache_makes_them_are_followed(folder, tmp_path, weights
     (tmp_path / "snapshot").mkdir()
     for file in folder.iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
-    same(checkpoints.load_weights(tmp_path / "snapshot", tiny_config()).params, weights.ema_params)
+    same(checkpoints.load_weights(tmp_path / "snapshot", CONFIG).params, weights.ema_params)
 
 
 def test_a_loaded_model_samples_the_noises_of_its_seed_and_counts_calls(folder, weights):
@@ -166,7 +154,7 @@ def test_a_loaded_model_samples_the_noises_of_its_seed_and_counts_calls(folder, 
     assert model.nfe == 4
     assert images.shape == (6, 8, 8, 1)
     noise = dataclasses.replace(model.network, seed=3).noise(np.arange(6))
-    velocity = models.velocity_fn(models.create_model(tiny_config()), weights.ema_params)
+    velocity = models.velocity_fn(models.create_model(CONFIG), weights.ema_params)
     x = sampling.solve(velocity, noise, [1, 0.7, 0], method="pc", predictor="rf_solver", num_scales=4).x
     np.testing.assert_allclose(images, np.clip((x + 1) / 2, 0, 1), atol=1e-5)
     programs = len(model.network._programs)

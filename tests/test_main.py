@@ -11,17 +11,13 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny_run
 
 import checkpoints
-import models
-from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/rf/digits_rf_continuous.py"
-CIFAR = "--config=configs/rf/cifar10_rf_continuous.py"
 FIRST = "--config.model.rf_phase=1"
-REFLOW = "--config.model.rf_phase=2"
-FOUR_SEGMENTS = [REFLOW, "--config.training.reflow_t=4"]
 
 
 def start(*arguments, workdir, devices, **environment):
@@ -38,7 +34,7 @@ def run(*arguments, workdir):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     start = time.perf_counter()
     command = [sys.executable, "main.py", f"--workdir={workdir}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr, time.perf_counter() - start
 
 
@@ -51,18 +47,8 @@ def run(*arguments, workdir):
         (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),
         ([f"{DIGITS}:papre", "--mode=train"], "unknown recipe 'papre': use one of paper, 2rf++, on_policy; see --help"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=0"], "--config.training.reflow_t=0"),
-        (
-            [DIGITS, "--mode=eval", *FOUR_SEGMENTS, "--config.sampling.method=pc", "--config.model.num_scales=3"],
-            "use at least 4",
-        ),
-        ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=train_reflow"], "no pairs in"),
-        ([DIGITS, "--mode=train", REFLOW, "--config.training.reflow_mode=gen_reflow"], "no weights to start from"),
-        ([DIGITS, "--mode=eval", FIRST], "no checkpoint to evaluate"),
-        ([DIGITS, "--mode=eval", "--config.eval.reflow_mode=eval_distill"], "2_distill/checkpoints"),
         ([DIGITS, "--mode=train", FIRST, "--workdir=README.md/run"], "README.md"),
         ([DIGITS, "--mode=train", FIRST, "--config.training.import_torch=/no/such.pth"], "/no/such.pth"),
-        ([DIGITS, "--mode=train", FIRST, "--config.training.import_flax=/no/such"], "no checkpoint at /no/such"),
-        ([CIFAR, "--mode=train", FIRST, "--config.data.data_dir=/no/data"], "/no/data"),
     ],
 )  # fmt: skip
 def test_wrong_input_ends_in_one_clear_line(arguments, message, tmp_path):
@@ -90,33 +76,14 @@ TINY = [
 ]
 
 
-def test_photographs_without_inception_are_refused_at_once(tmp_path):
-    config = cifar10_rf_continuous.get_config()
-    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
-    params = models.init_params(models.create_model(config), jax.random.key(0), (32, 32, 3))
-    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
-    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
-    missing = f"--config.eval.inception_path={tmp_path / 'inception'}"
-    given = f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}"
-    code, said, seconds = run(CIFAR, "--mode=eval", given, missing, *TINY, workdir=tmp_path / "run")
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert code == 2, said
-    assert len(errors) == 1
-    assert str(tmp_path / "inception") in errors[0]
-    assert seconds < 20
-
-
 def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SEQRF_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
-    config = digits_rf_continuous.get_config()
-    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=())
-    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
-    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
-    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
+    config = tiny_run.network_config()
+    checkpoints.export_file(tmp_path / "tiny.safetensors", tiny_run.random_weights(config), config)
     sizes = ["--config.eval.num_samples=16", "--config.eval.batch_size=16", "--config.eval.straightness_samples=4"]
-    given = [f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}", "--config.eval.save_trajectory=True"]
+    given = [f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}"]
     kept = []
     for folder in ("first", "second"):
         evaluate = [DIGITS, "--mode=eval", FIRST, f"--eval_folder={folder}", "--config.sampling.tol=0.01"]
@@ -124,9 +91,9 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
         assert code == 0, said
         assert "host callbacks" not in said  # such programs are never kept
         kept.append({path.name for path in (tmp_path / "cache" / "compiled").glob("*-cache")})
-    assert len(kept[0]) >= 4  # samples, straightness, the exact solve, the trajectory; and the classifier's training
+    assert len(kept[0]) >= 3  # samples, straightness, the exact solve; and the classifier's training
     assert kept[1] == kept[0]
-    assert said.count("Persistent compilation cache hit") >= 4
+    assert said.count("Persistent compilation cache hit") >= 3
 
 
 def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
@@ -142,10 +109,10 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(tmp_path):
         start(*arguments, workdir=tmp_path / "two", devices=1, **hosts, JAX_PROCESS_ID=str(place)) for place in (0, 1)
     ]
     for process in started:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
     alone = start(*arguments, workdir=tmp_path / "one", devices=2)
-    said, _ = alone.communicate(timeout=120)
+    said, _ = alone.communicate(timeout=300)
     assert alone.returncode == 0, said
 
     one, _ = checkpoints.restore(tmp_path / "one" / "1_rf")

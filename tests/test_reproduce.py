@@ -8,11 +8,10 @@ import sys
 
 import jax
 import pytest
+from tiny_run import network_config, random_weights
 
 import checkpoints
-import models
 import run_lib
-from configs.rf import digits_rf_continuous
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
@@ -29,15 +28,13 @@ def reproduce(monkeypatch, capsys, *arguments):
 def measured(tmp_path_factory):
     """The metrics.json of an evaluated network with random weights, its checkpoint given by a relative path."""
     folder = tmp_path_factory.mktemp("measured")
-    config = digits_rf_continuous.get_config()
-    config.model.update(rf_phase=1, nf=4, ch_mult=(1,), attn_resolutions=(), num_scales=2)
+    config = network_config()
+    config.model.update(rf_phase=1, num_scales=2)
     config.eval.update(batch_size=16, num_samples=16, straightness_samples=2, samplers="euler:2")
-    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
-    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=3)
     before = os.getcwd()
     os.chdir(folder)
     try:
-        checkpoints.export_file("tiny.safetensors", weights, config)
+        checkpoints.export_file("tiny.safetensors", random_weights(config, step=3), config)
         config.training.import_flax = "tiny.safetensors"
         run_lib.evaluate(config, "run", "eval")
     finally:

@@ -1,5 +1,6 @@
 """Whole jobs with a tiny network on real digits: every stage, every artefact, and a kill in the middle."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,9 +14,11 @@ import pytest
 import torch
 import torch_twin
 from etils import epath
+from tiny_run import PICTURES, reflow_config, tiny_config
 
 import checkpoints
 import evaluation
+import losses
 import models
 import parallel
 import provenance
@@ -23,52 +26,19 @@ import reflow
 import run_lib
 import runtime
 import sources
-from configs.rf.digits_rf_continuous import get_config
+from configs.rf import cifar10_rf_continuous
 from jobs import evaluate as evaluate_job
+from jobs.parts import optimizer, sampler_options
 from pairs.manifest import read_manifest
 from utils import InputError
 
 PACE = ("images_per_second", "input_wait")
 
 
-def tiny_config(**sections):
-    config = get_config()
-    config.model.update(rf_phase=1, nf=4, ch_mult=(1,), attn_resolutions=(), num_scales=2)
-    config.training.update(
-        batch_size=8,
-        n_iters=6,
-        n_jitted_steps=2,
-        log_freq=2,
-        snapshot_freq=4,
-        snapshot_freq_for_preemption=2,
-        n_reflow_data=64,
-        reflow_file_size=32,
-        gen_reflow_size=16,
-        reflow_t=2,
-    )
-    config.eval.update(batch_size=16, num_samples=32, straightness_samples=8)
-    config.sampling.tol = 1e-2
-    for section, values in sections.items():
-        config[section].update(values)
-    return config
-
-
-def reflow_config(mode="train_reflow", **sections):
-    config = tiny_config(**sections)
-    config.model.rf_phase = 2
-    config.training.reflow_mode = mode
-    return config
-
-
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A workdir where every training stage has run."""
-    workdir = tmp_path_factory.mktemp("run")
-    run_lib.train(tiny_config(), workdir)
-    run_lib.train(reflow_config("gen_reflow"), workdir)
-    run_lib.train(reflow_config("train_reflow"), workdir)
-    run_lib.train(reflow_config("train_distill"), workdir)
-    return workdir
+def workdir(trained, tmp_path_factory):
+    """A copy of `trained`, for evaluations, and for jobs that have nothing left to do."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("run") / "trained")
 
 
 def state(workdir, stage, step):
@@ -84,7 +54,7 @@ def numbers_of(folder):
 @pytest.mark.parametrize("stage", ["1_rf", "2_rf", "2_distill"])
 def test_a_stage_leaves_checkpoints_numbers_and_pictures(workdir, stage):
     assert checkpoints.steps_in(workdir / stage) == [0, 4, 6]
-    lines = json.loads((workdir / stage / "metrics.json").read_text())
+    lines = [line for line in json.loads((workdir / stage / "metrics.json").read_text()) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
         assert np.isfinite(line["loss"])
@@ -142,23 +112,28 @@ def test_evaluation_measures_every_checkpoint_asked_for_once(workdir):
     before = metrics_file.stat().st_mtime_ns
     run_lib.evaluate(config, workdir, "ode")
     assert metrics_file.stat().st_mtime_ns == before
-    config.sampling.update(tol=0.1, solver="bosh3", error_norm="sample")
-    config.eval.begin_step = 4
+    config.sampling.method = "pc"
+    config.eval.update(begin_step=4, save_trajectory=False)
     run_lib.evaluate(config, workdir, "ode")
     assert metrics_file.stat().st_mtime_ns > before
     assert [line["step"] for line in json.loads((workdir / "ode" / "metrics.json").read_text())] == [0, 4]
+
+
+def test_an_adaptive_sampler_has_the_settings_of_the_configuration():
+    settings = {"method": "ode", "tol": 0.1, "solver": "bosh3", "error_norm": "sample"}
+    assert sampler_options(tiny_config(sampling=settings)) == settings
 
 
 def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir, monkeypatch):
     references = []
     solve = evaluation.reference_samples
     monkeypatch.setattr(evaluation, "reference_samples", lambda *a: references.append(a) or solve(*a))
-    config = reflow_config(eval={"begin_step": 0, "interval_step": 4, "samplers": "ode; euler:2,3;heun:2"})
+    config = reflow_config(eval={"begin_step": 0, "interval_step": 4, "samplers": "ode; euler:2,4;heun:2"})
     run_lib.evaluate(config, workdir, "all")
     assert len(references) == 2  # steps 0 and 4, for all samplers
-    folders = {name: workdir / f"all_{name}" for name in ("ode", "euler_2", "euler_3", "heun_2")}
+    folders = {name: workdir / f"all_{name}" for name in ("ode", "euler_2", "euler_4", "heun_2")}
     found = {name: json.loads((folder / "step_4" / "metrics.json").read_text()) for name, folder in folders.items()}
-    assert [entry["sampler"] for entry in found.values()] == ["ODE", "Euler 2", "Euler 3", "Heun 2"]
+    assert [entry["sampler"] for entry in found.values()] == ["ODE", "Euler 2", "Euler 4", "Heun 2"]
     for folder in folders.values():
         both = [json.loads((folder / f"step_{step}" / "metrics.json").read_text()) for step in (0, 4)]
         best = min(both, key=lambda entry: entry["fid_digits_classifier"])
@@ -169,13 +144,13 @@ def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir
         }
         assert [line["step"] for line in json.loads((folder / "metrics.json").read_text())] == [0, 4]
 
-    alone = reflow_config(eval={"begin_step": 4, "end_step": 4}, model={"num_scales": 3})
+    alone = reflow_config(eval={"begin_step": 4, "end_step": 4}, model={"num_scales": 4})
     alone.sampling.method = "pc"
     run_lib.evaluate(alone, workdir, "alone")
     single = json.loads((workdir / "alone" / "step_4" / "metrics.json").read_text())
     timed = {"seconds_per_1000": 0, "provenance": None}
-    assert single | timed == found["euler_3"] | timed
-    differing = provenance.differences(single["provenance"], found["euler_3"]["provenance"])
+    assert single | timed == found["euler_4"] | timed
+    differing = provenance.differences(single["provenance"], found["euler_4"]["provenance"])
     assert set(differing) <= {"seconds", "images_per_second", "config.eval.begin_step", "config.eval.end_step"} | {
         "config.eval.interval_step",
         "config.sampling.predictor",
@@ -188,7 +163,9 @@ def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir
     assert json.loads((folders["heun_2"] / "step_4" / "metrics.json").read_text())["nfe"] == 4
 
 
-def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir):
+def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir, monkeypatch):
+    monkeypatch.setattr("segments.FINE_STEPS", 100)
+    monkeypatch.setattr("sampler.FINE_NOISES", 16)
     config = reflow_config(eval={"reflow_mode": "eval_distill", "begin_step": 6})
     config.sampling.method = "pc"
     run_lib.evaluate(config, workdir, "distilled")
@@ -221,7 +198,7 @@ def signal_in_call(number, monkeypatch):
 
 
 def test_a_stopped_run_is_saved_is_no_parent_and_goes_on_to_the_same_result(workdir, tmp_path, monkeypatch):
-    signal_in_call(1, monkeypatch)
+    signal_in_call(2, monkeypatch)
     stops = pytest.raises(runtime.Preempted, match="stopped by SIGTERM after update 2 of 6")
     config = tiny_config(training={"snapshot_freq_for_preemption": 100})
     with runtime.preemption.handled(), stops:
@@ -260,7 +237,7 @@ def test_only_the_latest_snapshots_are_kept_where_asked_and_a_shorter_run_is_fin
     shutil.copytree(workdir / "1_rf", tmp_path / "1_rf")
     shutil.rmtree(tmp_path / "1_rf" / "checkpoints" / "6")
     # From the preemption checkpoint of update 4 or the snapshot: the same.
-    run_lib.train(tiny_config(training={"keep_snapshots": 1, "n_iters": 5, "n_jitted_steps": 1}), tmp_path)
+    run_lib.train(tiny_config(training={"keep_snapshots": 1, "n_iters": 5}), tmp_path)
     assert checkpoints.steps_in(tmp_path / "1_rf") == [5]
     assert checkpoints.planned_updates(tmp_path / "1_rf") == 5
 
@@ -285,7 +262,7 @@ OPTIONS = {
 def test_a_distillation_with_every_option_resumes_to_the_same_result(trajectories, tmp_path):
     def distill(folder, n_iters):
         config = reflow_config("train_distill", **OPTIONS)
-        config.training.update(n_iters=n_iters, n_jitted_steps=1, snapshot_freq=3, snapshot_sampling=False)
+        config.training.update(n_iters=n_iters, snapshot_freq=3)
         run_lib.train(config, folder)
 
     for name in ("undisturbed", "killed"):
@@ -321,7 +298,7 @@ def test_an_evaluation_finds_many_step_runs_picks_an_ema_and_measures_the_distan
 ):
     folder = tmp_path / "run"
     shutil.copytree(trajectories, folder)
-    on_policy = {"on_policy": 1.0, "distill_steps": 2, "n_iters": 2, "snapshot_sampling": False}
+    on_policy = {"on_policy": 1.0, "distill_steps": 2, "n_iters": 2}
     shutil.rmtree(folder / "samples" / "reflow_batch")  # which on-policy distillation alone does not read
     fixed_rates = {"ema_rates": (0.5,), "variable_ema_rate": False}
     run_lib.train(reflow_config("train_distill", training=on_policy, model=fixed_rates), folder)
@@ -358,22 +335,22 @@ def test_a_checkpoint_whose_picture_a_kill_prevented_is_drawn_later(workdir):
     drawn = picture.read_bytes()
     picture.unlink()
     losses_drawn.unlink()
-    run_lib.train(tiny_config(), workdir)
+    run_lib.train(tiny_config(training=PICTURES), workdir)
     assert picture.read_bytes() == drawn
     assert losses_drawn.exists()
 
 
 def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdir, tmp_path):
     start = {"import_flax": str(workdir / "1_rf" / "checkpoints" / "4")}
-    run_lib.train(tiny_config(training=start | {"n_iters": 5, "n_jitted_steps": 1}), tmp_path / "start")
-    run_lib.train(tiny_config(training=start | {"n_iters": 6, "n_jitted_steps": 1}), tmp_path / "start")
+    run_lib.train(tiny_config(training=start | {"n_iters": 5}), tmp_path / "start")
+    run_lib.train(tiny_config(training=start | {"n_iters": 6}), tmp_path / "start")
     assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
     assert checkpoints.read_metadata(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
     start = {"import_flax": str(tmp_path / "start" / "1_rf" / "checkpoints" / "5"), "n_iters": 9}
-    run_lib.train(tiny_config(training=start), tmp_path / "run")
+    run_lib.train(tiny_config(training=start | {"n_jitted_steps": 2}), tmp_path / "run")
     # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
     assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [5, 8, 9]
-    run_lib.train(tiny_config(training=start | {"n_jitted_steps": 1}), tmp_path / "one by one")
+    run_lib.train(tiny_config(training=start), tmp_path / "one by one")
     together, _ = state(tmp_path / "run", "1_rf", 9)
     alone, _ = state(tmp_path / "one by one", "1_rf", 9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), together.params, alone.params)
@@ -387,9 +364,8 @@ def test_given_weights_that_need_no_update_are_the_stage(workdir, tmp_path):
     assert info["source"] == str(workdir / "1_rf")
 
 
-def test_snapshots_are_measured_and_too_few_samples_refused_before_training(tmp_path):
-    run_lib.train(tiny_config(training={"snapshot_fid_sample": 16}), tmp_path)
-    lines = {line["step"]: line for line in json.loads((tmp_path / "1_rf" / "metrics.json").read_text())}
+def test_snapshots_are_measured(workdir):
+    lines = {line["step"]: line for line in json.loads((workdir / "2_distill" / "metrics.json").read_text())}
     assert [step for step, line in lines.items() if "fid_digits_classifier" in line] == [0, 4, 6]
     assert {"loss", "nfe", "fid_digits_classifier", "straightness", "sequential_straightness"} <= lines[4].keys()
 
@@ -443,7 +419,7 @@ def test_neither_a_resumed_run_nor_a_distillation_takes_the_pairs_of_another_tea
 
 
 def test_an_evaluation_takes_k_from_the_checkpoint_and_refuses_another(workdir):
-    config = reflow_config(training={"reflow_t": 1}, eval={"begin_step": 6, "save_trajectory": True})
+    config = reflow_config(training={"reflow_t": 1}, eval={"begin_step": 6})
     config.sampling.method = "pc"
     run_lib.evaluate(config, workdir, "k from the checkpoint")
     metrics = json.loads((workdir / "k from the checkpoint" / "step_6" / "metrics.json").read_text())
@@ -473,17 +449,22 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
     for own, given in ((student.params, imported.params), (student.ema_params, imported.ema_params)):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape)), own, given)
-    run_lib.evaluate(tiny_config(training=start), tmp_path, "imported")
+    run_lib.evaluate(tiny_config(training=start, sampling={"method": "pc"}), tmp_path, "imported")
     metrics = json.loads((tmp_path / "imported" / "step_70" / "metrics.json").read_text())
     assert metrics["settings"]["weights"] == checkpoints.fingerprint(imported.ema_params)
 
 
-def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(tmp_path):
+def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(workdir, tmp_path):
     # Noticed when it is to be saved, though nothing is logged until then.
-    config = tiny_config(optim={"lr": float("inf"), "warmup": 0}, training={"log_freq": 100, "n_jitted_steps": 1})
-    with pytest.raises(InputError, match=r"a parameter is not finite at update 1 .*nan_policy=skip"):
-        run_lib.train(config, tmp_path)
-    assert checkpoints.RunCheckpoints(tmp_path / "1_rf").latest_step() == 0
+    config = tiny_config(training={"log_freq": 100, "import_flax": str(tmp_path / "start")})
+    weights, metadata = state(workdir, "1_rf", 4)
+    weights = dataclasses.replace(weights, mu=jax.tree.map(lambda a: np.full_like(a, 1e38), weights.mu))
+    start = checkpoints.RunCheckpoints(tmp_path / "start" / "1_rf")
+    start.save(losses.initial_state(weights, optimizer(config), step=4), metadata, keep=True)
+    start.close()
+    with pytest.raises(InputError, match=r"a parameter is not finite at update 5 .*nan_policy=skip"):
+        run_lib.train(config, tmp_path / "run")
+    assert checkpoints.RunCheckpoints(tmp_path / "run" / "1_rf").latest_step() == 4
 
 
 @pytest.mark.parametrize(
@@ -498,3 +479,31 @@ def test_settings_that_cannot_work_are_refused_before_any_work(config, message, 
     with pytest.raises(InputError, match=message):
         run_lib.train(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("job", "config", "message"),
+    [
+        (run_lib.train, reflow_config("train_reflow"), "there are no pairs in"),
+        (run_lib.train, reflow_config("gen_reflow"), "no weights to start from"),
+        (lambda *given: run_lib.evaluate(*given, "eval"), tiny_config(), "no checkpoint to evaluate"),
+        (lambda *given: run_lib.evaluate(*given, "eval"), reflow_config(eval={"reflow_mode": "eval_distill"}), "2_dis"),
+        (run_lib.train, tiny_config(training={"import_flax": "/no/such"}), "no checkpoint at /no/such"),
+        (run_lib.train, tiny_config(data={"dataset": "CIFAR10", "data_dir": "/no/data"}), "/no/data"),
+    ],
+)
+def test_what_is_missing_is_named(job, config, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        job(config, tmp_path)
+
+
+def test_photographs_without_inception_are_refused_before_any_work(tmp_path):
+    config = cifar10_rf_continuous.get_config()
+    config.model.update(nf=4, ch_mult=(1,), attn_resolutions=(), num_res_blocks=1)
+    params = models.init_params(models.create_model(config), jax.random.key(0), (32, 32, 3))
+    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
+    config.training.import_flax = str(tmp_path / "tiny.safetensors")
+    config.eval.inception_path = str(tmp_path / "inception")
+    with pytest.raises(InputError, match=str(tmp_path / "inception")):
+        run_lib.evaluate(config, tmp_path / "run", "eval")

@@ -2,18 +2,16 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.spatial
 from PIL import Image
-from test_exported import tiny_config
+from tiny_run import network_config, random_weights
 
 import checkpoints
 import exported
 import losses
-import models
 import run_lib
 import sample_files
 import sampler
@@ -24,13 +22,9 @@ from utils import InputError
 def workdir(tmp_path_factory):
     """A workdir with one checkpoint of a 1-RF."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(k=1)
-    params = models.init_params(models.create_model(config), jax.random.key(0), (8, 8, 1))
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: 0.1 * random.normal(size=a.shape).astype(np.float32), params)
-    weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
+    config = network_config()
     adam = losses.optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=5, grad_clip=1.0)
-    state = losses.initial_state(weights, adam, step=5)
+    state = losses.initial_state(random_weights(config), adam, step=5)
     kept = checkpoints.RunCheckpoints(folder / "1_rf")
     kept.save(state, checkpoints.make_metadata(config, "1_rf", [1, 0]), keep=True)
     kept.close()
@@ -38,7 +32,7 @@ def workdir(tmp_path_factory):
 
 
 def sample_config(**changes):
-    config = tiny_config(k=1)
+    config = network_config()
     config.model.rf_phase = 1
     config.sampling.update(method="pc", predictor="rf_solver")
     config.model.num_scales = 3
