@@ -1,6 +1,7 @@
-"""What a training update costs: python scripts/bench_train.py [--full] [--memory] [--rounds N] [--json FILE].
+"""What a training update costs: python scripts/bench_train.py [--only PART ...] [--rounds N] [--json FILE].
 
-On the digits network at batch 64 and 256, and with --full on the full-size CIFAR-10 network, medians over rounds of
+Parts digits_64 and digits_256, the digits network at these batches, and, only if named, cifar10_8, the full CIFAR-10
+network (many minutes on a CPU: give it few rounds): medians over rounds of
 
     forward, update   milliseconds of ours; torch/ours: above 1 is faster than the same network in plain torch.nn (the
                       tests' twin) on the same machine, with the same loss, clipping, Adam and EMA
@@ -9,7 +10,7 @@ On the digits network at batch 64 and 256, and with --full on the full-size CIFA
     peak              the share of this machine's measured matrix-product rate that the update's products and
                       convolutions reach
 
-and, for digits at batch 64,
+and parts for digits at batch 64,
 
     loop              the wall time of an update in a whole run, with input, logging and checkpoints, over the bare
                       program; above 1.05 the line ends in MISSED and the exit status is 1
@@ -53,8 +54,13 @@ import run_lib
 import runtime
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
-CASES = {"digits 64": (digits_rf_continuous, 64), "digits 256": (digits_rf_continuous, 256)}
-FULL = {"cifar10 8": (cifar10_rf_continuous, 8)}
+CASES = {
+    "digits_64": (digits_rf_continuous, 64),
+    "digits_256": (digits_rf_continuous, 256),
+    "cifar10_8": (cifar10_rf_continuous, 8),
+}
+PARTS = (*CASES, "loop", "scaling")
+BY_DEFAULT = [part for part in PARTS if part != "cifar10_8"]
 MAX_LOOP = 1.05
 MEMORY_BATCH = 16
 # On a CPU XLA merges what is computed again with the first computation, which accelerators do not.
@@ -118,7 +124,7 @@ class Ours:
         self._state, self._seed = parallel.replicate((state, np.uint32(0)), device)
         self._update = parallel.map_devices(step, devices=device, donate=(0,))
         x = np.random.default_rng(0).uniform(-1, 1, (batch, *image_shape(config))).astype(np.float32)
-        self._batch = jax.device_put({"image": x[None, None]}, device[0])
+        self._batch = parallel.replicate({"image": x[None]}, device)
         self.inputs = jnp.asarray(x), jnp.linspace(1.0, 999.0, batch), jnp.zeros(batch, jnp.int32)
         self._apply = jax.jit(models.create_model(config).apply)
         jax.block_until_ready((self.forward(), self.update()))
@@ -356,10 +362,20 @@ def activation_memory(*, remat: bool) -> float:
     return memory.temp_size_in_bytes / 1e6
 
 
+def compare_memory() -> int:
+    """Prints `activation_memory` without and with remat; in a process of its own if XLA was not told APART."""
+    if APART not in os.environ.get("XLA_FLAGS", ""):
+        environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {APART}".strip()}
+        return subprocess.call([sys.executable, __file__, "--memory"], env=environment)
+    kept, recomputed = (activation_memory(remat=remat) for remat in (False, True))
+    print(f"activations at batch {MEMORY_BATCH}: {kept:.0f} MB, with model.remat {recomputed:.0f} MB", flush=True)
+    return 0
+
+
 def main() -> int:
     """The script; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="also the full-size CIFAR-10 network (minutes on a CPU)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=BY_DEFAULT, metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--memory", action="store_true", help="only the memory with and without model.remat")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--updates", type=int, default=520, help="of the whole run (default 520)")
@@ -369,27 +385,25 @@ def main() -> int:
     if arguments.worker:
         worker(arguments.worker)
         return 0
-    if arguments.memory and APART not in os.environ.get("XLA_FLAGS", ""):
-        environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {APART}".strip()}
-        return subprocess.call([sys.executable, __file__, "--memory"], env=environment)
     if arguments.memory:
-        kept, recomputed = (activation_memory(remat=remat) for remat in (False, True))
-        print(f"activations at batch {MEMORY_BATCH}: {kept:.0f} MB, with model.remat {recomputed:.0f} MB", flush=True)
-        return 0
+        return compare_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(HEADER, "-" * len(HEADER), sep="\n", flush=True)
-    rows = []
-    for name, (module, batch) in (CASES | (FULL if arguments.full else {})).items():
-        rows.append(measure(name, module, batch, arguments.rounds))
-        print(line(rows[-1]), flush=True)
-    whole, scaled = loop(arguments.updates), scaling(max(arguments.updates // 10, 2))
-    missed = whole["loop"] > MAX_LOOP
-    print(f"loop     {whole['loop']:.3f} of the bare program, {1e3 * whole['run_s']:.1f} ms{'   MISSED' * missed}")
-    print(f"scaling  {scaled['scaling']:.3f} from 1 process to 2, {1e3 * scaled['two_processes_s']:.1f} ms")
+    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
+    if cases := [name for name in arguments.only if name in CASES]:
+        print(HEADER, "-" * len(HEADER), sep="\n", flush=True)
+    for name in cases:
+        found["rows"].append(measure(name, *CASES[name], arguments.rounds))
+        print(line(found["rows"][-1]), flush=True)
+    if "loop" in arguments.only:
+        found |= loop(arguments.updates)
+        missed = "   MISSED" if found["loop"] > MAX_LOOP else ""
+        print(f"loop     {found['loop']:.3f} of the bare program, {1e3 * found['run_s']:.1f} ms{missed}", flush=True)
+    if "scaling" in arguments.only:
+        found |= scaling(max(arguments.updates // 10, 2))
+        print(f"scaling  {found['scaling']:.3f} from 1 process to 2, {1e3 * found['two_processes_s']:.1f} ms")
     if arguments.json:
-        found = {"device": jax.devices()[0].device_kind, "rows": rows, **whole, **scaled}
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    return int(missed)
+    return int(found.get("loop", 0) > MAX_LOOP)
 
 
 if __name__ == "__main__":
