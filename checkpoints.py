@@ -24,7 +24,7 @@ import exported
 import losses
 import models
 import segments
-from utils import InputError, disk_error, is_local, read_json, write_json
+from utils import InputError, disk_error, is_local, os_errors, read_json, write_json
 
 logger = logging.getLogger("seqrf")
 
@@ -314,7 +314,12 @@ def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weig
 def _resolve(path):
     """The exported file or the checkpoint folder that `path` stands for."""
     path = epath.Path(path)
-    if not path.exists():
+    try:
+        with os_errors():
+            is_there = path.exists()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_there:
         raise InputError(f"no checkpoint at {path}")
     if (file := exported.find(path)) is not None:
         return file

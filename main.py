@@ -1,5 +1,6 @@
 """Sequential rectified flow from the command line; README.md lists the jobs."""
 
+import errno
 import sys
 
 from absl import app, flags
@@ -34,6 +35,8 @@ def main(argv: list[str]):
 
 
 def _run(config):
+    if any("://" in argument for argument in sys.argv):
+        runtime.tensorflow_on_cpu()  # by which epath reads and writes buckets
     import run_lib
     from utils import InputError, disk_error
 
@@ -54,7 +57,9 @@ def _run(config):
     except Exception as error:
         if (cause := disk_error(error)) is None:
             raise
-        _end(f"{cause.strerror}: {cause.filename or FLAGS.workdir}; the same command resumes from what is complete")
+        # TensorFlow's message of a bucket has its name.
+        where = "" if cause.errno == errno.EREMOTEIO else f": {cause.filename or FLAGS.workdir}"
+        _end(f"{cause.strerror}{where}; the same command resumes from what is complete")
 
 
 def _end(message):

@@ -64,6 +64,7 @@ def terminal_logging() -> Iterator[None]:
     # A failed save is raised to us as well: its four tracebacks in the log, and what asyncio adds, tell nothing more.
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.raiseExceptions = False  # of wandb's own log, on a disk that is full
     sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())

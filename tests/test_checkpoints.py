@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import resource
 import shutil
@@ -114,6 +115,15 @@ def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
     (folder / "state" / "manifest.ocdbt").write_bytes(b"broken")
     with pytest.raises(InputError, match="incomplete or corrupt checkpoint"):
         checkpoints.load_weights(folder, config)
+
+
+def test_a_checkpoint_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    def unreachable(path):
+        raise OSError(errno.EREMOTEIO, "Could not resolve host")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", unreachable)
+    with pytest.raises(InputError, match="run cannot be read: Could not resolve host"):
+        checkpoints.load_weights(tmp_path / "run", tiny_config())
 
 
 def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):

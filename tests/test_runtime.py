@@ -206,7 +206,8 @@ main(*sys.argv[1:])
 """
 
 
-def test_a_host_that_dies_ends_the_other_with_a_line():
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_host_that_dies_ends_the_other_with_a_line(killed):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -219,16 +220,18 @@ def test_a_host_that_dies_ends_the_other_with_a_line():
     try:
         assert hosts[0].stdout.readline().startswith("[Gloo]")  # which comes with the first collective
         assert hosts[0].stdout.read(8) == "together"
-        hosts[1].kill()
-        killed = time.monotonic()
-        _, said = hosts[0].communicate(timeout=60)
+        hosts[killed].kill()
+        moment = time.monotonic()
+        _, said = hosts[1 - killed].communicate(timeout=60)
     finally:
         for host in hosts:
             host.kill()
             host.communicate()
-    assert time.monotonic() - killed < 60
-    assert hosts[0].returncode == 1, said
-    assert [line for line in said.splitlines() if line.startswith("error: another host of this job has ended")], said
+    assert time.monotonic() - moment < 60
+    # Of the first host, which coordinates, JAX's runtime may notice the end first; it says so and aborts the process.
+    runtimes = killed == 0 and hosts[1].returncode == -signal.SIGABRT and "another task died" in said
+    assert runtimes or hosts[1 - killed].returncode == 1, said
+    assert runtimes or "\nerror: another host of this job has ended" in f"\n{said}", said
     assert "Traceback" not in said
 
 

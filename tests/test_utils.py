@@ -128,6 +128,7 @@ STORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on
     [
         (OSError(errno.EDQUOT, "quota"), errno.EDQUOT),
         (ValueError(STORE), errno.ENOSPC),
+        (ValueError(STORE.replace("28", "122")), errno.EDQUOT),
         (ValueError("UNAVAILABLE: Error reading storage.googleapis.com"), errno.EREMOTEIO),
         (ValueError("RESOURCE_EXHAUSTED: of the device's memory"), None),
         (OSError(errno.ENOENT, "a bug"), None),
