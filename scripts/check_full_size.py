@@ -20,16 +20,14 @@ import losses
 import models
 import parallel
 import sampling
+from jobs.parts import optimizer
 
 BATCH = 2
 
 
 def training_update(config, model, params):
     """The loss and the gradient's norm of one whole update: forward, backward, Adam, EMA."""
-    optim, settings = config.optim, config.model
-    transformation = losses.optimizer(
-        lr=optim.lr, beta1=optim.beta1, eps=optim.eps, warmup=optim.warmup, grad_clip=optim.grad_clip
-    )
+    transformation, settings = optimizer(config), config.model
     zeros = jax.tree.map(np.zeros_like, params)
     weights = models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
     train_step = losses.make_train_step(
