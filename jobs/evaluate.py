@@ -65,7 +65,7 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
     sampler_over = functools.cache(lambda *boundaries: sampler_of(config, model, boundaries))  # each compiled once
     teacher, judged_by = _teacher(config, workdir, sampler_over)
     real = real_data_of(config)
-    name = stage.model_name.format(k=config.training.reflow_t)
+    name = stage.model_name.format(k=config.training.reflow_t) + _recipe_mark(config)
     parts = _measurements(config, workdir, eval_folder, log_name)
     with contextlib.closing(parts[0].tracker):
         for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
@@ -124,6 +124,10 @@ class _Measured:
     references: dict[str, Callable[[], list[np.ndarray]]]
     teacher: str | None
     origin: dict[str, Any]
+
+
+def _recipe_mark(config) -> str:
+    return "" if config.recipe == "paper" else f", {config.recipe}"
 
 
 def _check_stop(where: str):

@@ -31,7 +31,7 @@ def test_improved_reflow_takes_lpips_where_its_weights_are_given_and_an_override
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown recipe 'papre': use one of paper, 2rf\+\+, on_policy"):
+    with pytest.raises(InputError, match=r"unknown recipe 'papre': use one of paper, 2rf\+\+, on_policy, best"):
         apply_recipe(get_default_config(), "papre")
 
 
