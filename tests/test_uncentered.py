@@ -38,7 +38,8 @@ def config(phase=2, mode="train_reflow", **sections):
     )
     config.optim.lr = 1e-6
     config.eval.update(batch_size=256, num_samples=512, straightness_samples=8, begin_step=4)
-    config.sampling.tol = 1e-2
+    config.model.num_scales = 2
+    config.sampling.update(method="ode" if mode == "gen_reflow" else "pc", tol=1e-2)
     for section, values in sections.items():
         config[section].update(values)
     return config
