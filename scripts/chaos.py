@@ -164,7 +164,7 @@ def chaos(
     workdir: pathlib.Path, jobs: list[str], *, seed: int, kills: int, fills: bool = False, settings: dict = TINY
 ) -> list[str]:
     """Runs the jobs undisturbed and disturbed, in two folders of `workdir`; what differs or went wrong."""
-    numbers = [None] if fills else [signal.SIGKILL, signal.SIGTERM]
+    numbers: list[signal.Signals | None] = [None] if fills else [signal.SIGKILL, signal.SIGTERM]
     rng, cache, faults = random.Random(seed), workdir / "cache", []
     alone, killed = workdir / "undisturbed", workdir / "disturbed"
     for job in jobs:

@@ -181,9 +181,9 @@ def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
 
     What is a verdict is measured for all seeds, what only looks for something better for the first one.
     """
-    verdicts = (_distilled(4), _teacher(), _distilled(2), _distilled(8), _on_policy(4), _distilled(1))
-    verdicts += (_reflowed(), _on_policy(2), _on_policy(8))
-    screening = (_elements(), _budgets(), _direct(), _others())
+    verdicts = [_distilled(4), _teacher(), _distilled(2), _distilled(8), _on_policy(4), _distilled(1)]
+    verdicts += [_reflowed(), _on_policy(2), _on_policy(8)]
+    screening = [_elements(), _budgets(), _direct(), _others()]
     groups = [(group, seeds) for group in verdicts] + [(group, seeds[:1]) for group in screening]
     return list(
         dict.fromkeys(
@@ -200,9 +200,9 @@ def _teacher() -> list[Entry]:
     return [(Recipe(0), n, sampler) for sampler, n in samplers]
 
 
-def _distilled(n: int, **options: bool) -> list[Entry]:
+def _distilled(n: int, *, on_policy: bool = False, direct: bool = False) -> list[Entry]:
     """At n calls: k-SeqRF-Distill with k = n, and plain reflow distilled to n steps, at the same cost."""
-    return [(Recipe(k, m=n // k, **options), n, "euler") for k in sorted({1, n})]
+    return [(Recipe(k, m=n // k, on_policy=on_policy, direct=direct), n, "euler") for k in sorted({1, n})]
 
 
 def _on_policy(n: int) -> list[Entry]:
