@@ -21,6 +21,7 @@ from scripts import study  # noqa: E402
 from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells  # noqa: E402
 
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
+ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
 SEEDS = (0, 1, 2)
 Rows = dict[tuple[str, str, int], dict[int, dict[str, Any]]]  # (recipe, sampler, nfe) -> seed -> row
 
@@ -268,7 +269,9 @@ def main() -> None:
     os.chdir(ROOT)  # the teachers' paths are relative to it
     rows = study.read_rows()
     measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
-    PAGE.write_text("\n".join([INTRODUCTION, *(section(bench, rows, workdir) for bench in measured)]))
+    PAGE.write_text(
+        "\n".join([INTRODUCTION, ADVICE.read_text(), *(section(bench, rows, workdir) for bench in measured)])
+    )
     print(f"wrote {PAGE}")
 
 
