@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 from typing import Any
 
@@ -30,6 +31,12 @@ logger = logging.getLogger("seqrf")
 
 _SETTINGS = "run.json"
 _DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
+
+
+def distill_steps(metadata: dict[str, Any]) -> int:
+    """m, the Euler steps a segment that a model was distilled to, from its stage '2_distill_<m>'; else 1."""
+    match = re.fullmatch(r"2_distill_(\d{1,4})", str(metadata["stage"]))
+    return int(match[1]) if match else 1
 
 
 def make_metadata(

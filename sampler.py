@@ -272,7 +272,7 @@ def check_finite(is_finite: Any, sampler: Sampler) -> None:
 def solve_options(
     k: int, *, num_scales: int | None = None, tol: float | None = None, predictor: str = "rf_solver"
 ) -> dict[str, Any]:
-    """The options of a `Sampler` of k segments: adaptive steps to `tol`, or `num_scales` (default k) of `predictor`.
+    """The options of a `Sampler` of k segments: adaptive steps to `tol`, or `num_scales` of `predictor`.
 
     Raises:
       InputError: both are given, or one that cannot work.
@@ -285,10 +285,9 @@ def solve_options(
         return {"method": "ode", "tol": float(tol), "solver": "dopri5", "error_norm": "batch"}
     if predictor not in sampling.PREDICTORS:
         raise InputError(f"predictor = {predictor!r}: use one of {', '.join(sampling.PREDICTORS)}")
-    steps = k if num_scales is None else num_scales
-    if not isinstance(steps, numbers.Integral) or steps < k:
+    if not isinstance(num_scales, numbers.Integral) or num_scales < k:
         raise InputError(f"num_scales = {num_scales!r}: use a whole number of steps, at least {k}, one a segment")
-    return {"method": "pc", "predictor": predictor, "num_scales": int(steps)}
+    return {"method": "pc", "predictor": predictor, "num_scales": int(num_scales)}
 
 
 @dataclasses.dataclass
@@ -299,6 +298,7 @@ class TrainedSampler:
       network: the network with its segments; what it is sampled by is given to each call.
       params: the EMA of the weights.
       centered: whether the network's images are in [-1, 1] rather than [0, 1].
+      steps: that are taken where nothing else is said: one a segment, or as many as it was distilled to.
       batch_size: the most images that are solved together. A program is compiled for each size of batch once.
       nfe: network calls for an image in the last call of `sample`; of adaptive steps the mean over batches.
     """
@@ -306,6 +306,7 @@ class TrainedSampler:
     network: Sampler
     params: Any
     centered: bool
+    steps: int
     batch_size: int = SAMPLE_BATCH
     nfe: float | int | None = None
 
@@ -319,7 +320,14 @@ class TrainedSampler:
         """(H, W, C)."""
         return self.network.image_shape
 
-    def sampler(self, *, seed: int = 0, **steps: Any) -> Sampler:
+    def sampler(
+        self,
+        *,
+        seed: int = 0,
+        num_scales: int | None = None,
+        tol: float | None = None,
+        predictor: str = "rf_solver",
+    ) -> Sampler:
         """The network with noises of `seed` and the steps that `solve_options` takes. It shares compiled programs.
 
         Raises:
@@ -327,7 +335,9 @@ class TrainedSampler:
         """
         if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
             raise InputError(f"seed = {seed!r}: use a whole number from 0 to 2147483647")
-        options = solve_options(len(self.boundaries) - 1, **steps)
+        if num_scales is None and tol is None:
+            num_scales = self.steps
+        options = solve_options(len(self.boundaries) - 1, num_scales=num_scales, tol=tol, predictor=predictor)
         return dataclasses.replace(self.network, seed=int(seed), options=options)
 
     def sample(
@@ -342,7 +352,7 @@ class TrainedSampler:
         """`count` images in [0, 1], from the noises 0 to count - 1 of `seed`: those of `--mode=sample` with that seed.
 
         Args:
-          num_scales: fixed steps in all, default: one a segment.
+          num_scales: fixed steps in all, default: `steps`.
           tol: take adaptive steps to this tolerance instead.
           predictor: of the fixed steps, one of `sampling.PREDICTORS`.
 
@@ -381,7 +391,8 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
         options={},
         seed=0,
     )
-    return TrainedSampler(network, weights.ema_params, config.data.centered, int(batch_size))
+    steps = (len(network.boundaries) - 1) * checkpoints.distill_steps(metadata)
+    return TrainedSampler(network, weights.ema_params, config.data.centered, steps, int(batch_size))
 
 
 def _images_per_device(count: int, devices: int) -> int:

@@ -33,10 +33,11 @@ def model_name(metadata: dict[str, Any]) -> str:
 
 def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
+    import checkpoints
+
     stage, k = metadata["stage"], metadata["k"]
     if stage.startswith("2_distill"):
-        steps = int(stage.removeprefix("2_distill").removeprefix("_") or 1)
-        return [{"num_scales": k * steps}]
+        return [{"num_scales": k * checkpoints.distill_steps(metadata)}]
     if stage.startswith("2_"):
         return [{"num_scales": 2 * k}, {"num_scales": k}, ADAPTIVE]
     return [ADAPTIVE, {"num_scales": 20, "predictor": "rf_solver_heun"}]
