@@ -44,6 +44,10 @@ class Verdict:
         agree = all(d < 0 for d in self.differences) or all(d > 0 for d in self.differences)
         return len(self.differences) >= 3 and agree and abs(self.mean) > 2 * self.error
 
+    def text(self, form: str) -> str:
+        """'mean ± error', or the one difference."""
+        return format(self.mean, form) + ("" if math.isnan(self.error) else f" ± {self.error:{form[1:]}}")
+
     @property
     def word(self) -> str:
         """'better', 'worse', 'not settled', or 'n seeds so far'."""
@@ -126,10 +130,7 @@ def verdicts(cells: Rows) -> str:
         if not pair[0].keys() & pair[1].keys():
             continue
         fid, rms = (compare(pair[0], pair[1], figure) for figure in ("fid", "rms_to_teacher"))
-        lines.append(
-            f"| {question} | {n} | {fid.mean:+.3f} ± {fid.error:.3f} | {fid.word} | "
-            f"{rms.mean:+.4f} ± {rms.error:.4f} | {rms.word} |"
-        )
+        lines.append(f"| {question} | {n} | {fid.text('+.3f')} | {fid.word} | {rms.text('+.4f')} | {rms.word} |")
     return "\n".join(lines)
 
 
