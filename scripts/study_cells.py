@@ -141,7 +141,8 @@ class Recipe:
         """The model as the paper calls it."""
         if not self.k:
             return "1-RF"
-        name = f"{self.k}-SeqRF" + ("-Ada" if self.adaptive else "")
+        name = "2-RF" if self.k == 1 else f"{self.k}-SeqRF"  # plain reflow
+        name += "-Ada" if self.adaptive else ""
         return name if not self.m else f"{name}-Distill" + (f" ({self.m} steps a segment)" if self.m > 1 else "")
 
     @property

@@ -255,9 +255,9 @@ compared, and why, is in `scripts/study_cells.py`.
 
 All models of a bench cost the same, counted in network calls: 3 for each trained example, 1 for each call of the
 teacher or the student in making pairs, trajectories, boundaries and on-policy states. `k4_m1` is a 4-SeqRF distilled
-to one call a segment, `k1_m4` plain reflow distilled to 4 Euler steps: the rival at equal NFE. `_direct`: distilled
-from the teacher, without reflow. FID is over the features of a classifier of the bench's labels. A verdict is settled
-if three seeds agree and their mean difference is above two standard errors.
+to one call a segment, `k1_m4` plain reflow (2-RF) distilled to 4 Euler steps: the rival at equal NFE. `_direct`:
+distilled from the teacher, without reflow; `_x2`: twice the budget. FID is over the features of a classifier of the
+bench's labels. A verdict is settled if three seeds agree and their mean difference is above two standard errors.
 """
 
 
