@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", unreachable)
     with pytest.raises(InputError, match="run cannot be read: Could not resolve host"):
-        checkpoints.load_weights(tmp_path / "run", tiny_config())
+        checkpoints.load_weights(tmp_path / "run", network_config())
 
 
 def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):

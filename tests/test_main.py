@@ -45,7 +45,7 @@ def run(*arguments, workdir):
         ([DIGITS, "--mode=train", "--config.training.reflow_t=two"], "--config.training.reflow_t=two"),
         ([DIGITS, "--mode=fly"], "one of <train|eval|sample>"),
         (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),
-        ([f"{DIGITS}:papre", "--mode=train"], "unknown recipe 'papre': use one of paper, 2rf++, on_policy; see --help"),
+        ([f"{DIGITS}:papre", "--mode=train"], "recipe 'papre': use one of paper, 2rf++, on_policy, best; see --help"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=0"], "--config.training.reflow_t=0"),
         ([DIGITS, "--mode=train", FIRST, "--workdir=README.md/run"], "README.md"),
         ([DIGITS, "--mode=train", FIRST, "--config.training.import_torch=/no/such.pth"], "/no/such.pth"),
