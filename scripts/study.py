@@ -302,6 +302,7 @@ class Study:
             "updates": model.updates,
             "network_calls": model.calls,
             "wall_seconds": round(model.seconds, 1),
+            "features": self.real.network.identity,
             "device": _device(),
             "commit": _commit(),
             "teacher": self.teacher[1],
@@ -374,7 +375,7 @@ def append_row(row: dict[str, Any], path: Path = RESULTS) -> None:
 
 def verify(study: Study, cell: Cell) -> bool:
     """Makes a row again, from its pairs on, in a folder of its own; True if every figure is the same."""
-    (before,) = [row for row in read_rows() if (row["bench"], row["cell"]) == (study.bench.name, cell.id)]
+    *_, before = (row for row in read_rows() if (row["bench"], row["cell"]) == (study.bench.name, cell.id))
     with tempfile.TemporaryDirectory() as folder:
         after = Study(study.bench, Path(folder)).row(cell)
     for name in FIGURES:

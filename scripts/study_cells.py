@@ -94,7 +94,9 @@ BENCHES = {
         config="configs/rf/fashion_mnist_14_rf_continuous.py",
         teacher="model_zoo/fashion_mnist_14_1rf",
     ),
-    "digits": Bench(name="digits", config="configs/rf/digits_rf_continuous.py", teacher="model_zoo/digits_1rf"),
+    "digits": Bench(
+        name="digits", config="configs/rf/digits_rf_continuous.py", teacher="model_zoo/digits_1rf", samples=2048
+    ).scaled(0.5),
 }
 
 
@@ -182,9 +184,9 @@ def all_cells(seeds: tuple[int, ...]) -> list[Cell]:
 
     What is a verdict is measured for all seeds, what only looks for something better for the first one.
     """
-    verdicts = [_distilled(4), _teacher(), _distilled(2), _distilled(8), _on_policy(4), _distilled(1)]
+    verdicts = [_distilled(4), _teacher(), _distilled(2), _distilled(8), _with("huber"), _on_policy(4), _distilled(1)]
     verdicts += [_reflowed(), _on_policy(2), _on_policy(8)]
-    screening = [_elements(), _budgets(), _direct(), _others()]
+    screening = [_elements(), _budgets(), _direct(), _others(), _together()]
     groups = [(group, seeds) for group in verdicts] + [(group, seeds[:1]) for group in screening]
     return list(
         dict.fromkeys(
@@ -237,7 +239,16 @@ def _budgets() -> list[Entry]:
     return [(recipe, 4, "euler") for recipe in recipes]
 
 
+def _with(*elements: str, on_policy: bool = False) -> list[Entry]:
+    """Recipe elements at 4 calls, for plain reflow and for 4 segments."""
+    return [(Recipe(k, m=4 // k, elements=elements, on_policy=on_policy), 4, "euler") for k in (1, 4)]
+
+
 def _elements() -> list[Entry]:
-    """Each element alone at 4 calls, for plain reflow and for 4 segments."""
-    names = [*ELEMENTS, *PAIR_ELEMENTS]
-    return [(Recipe(k, m=4 // k, elements=(name,)), 4, "euler") for name in names for k in (1, 4)]
+    """Each element alone."""
+    return [entry for name in (*ELEMENTS, *PAIR_ELEMENTS) for entry in _with(name)]
+
+
+def _together() -> list[Entry]:
+    """What helps alone, together."""
+    return _with("huber", "cosine") + _with("huber", on_policy=True)

@@ -23,7 +23,8 @@ from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, C
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
 ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
 SEEDS = (0, 1, 2)
-Rows = dict[tuple[str, str, int], dict[int, dict[str, Any]]]  # (recipe, sampler, nfe) -> seed -> row
+Row = dict[str, Any]
+Cells = dict[tuple[str, str, int], list[Row]]  # (recipe, sampler, nfe) -> rows, the latest last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +57,33 @@ class Verdict:
         return ("better" if self.mean < 0 else "worse") if self.is_settled else "not settled"
 
 
-def compare(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]], figure: str) -> Verdict:
-    """The verdict on two cells, over the seeds that both have; lower figures are better."""
-    differences = tuple(first[seed][figure] - second[seed][figure] for seed in sorted(first.keys() & second.keys()))
+def compare(first: list[Row], second: list[Row], figure: str) -> Verdict:
+    """The verdict on the rows of two cells, over the seeds that both have; lower figures are better.
+
+    FID is compared only between rows of one feature network.
+    """
+    same = ("seed", "features") if figure == "fid" else ("seed",)
+    values = [{tuple(row.get(name) for name in same): row[figure] for row in rows} for rows in (first, second)]
+    by_seed = {key[0]: value - values[1][key] for key, value in values[0].items() if key in values[1]}
+    differences = tuple(by_seed.values())
     if len(differences) < 2:
         return Verdict(differences[0] if differences else math.nan, math.nan, differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return Verdict(statistics.mean(differences), error, differences)
 
 
-def grouped(rows: list[dict[str, Any]], bench: str) -> Rows:
-    """The rows of a bench by cell and seed."""
-    cells: Rows = collections.defaultdict(dict)
+def grouped(rows: list[Row], bench: str) -> Cells:
+    """The rows of a bench by cell."""
+    cells: Cells = collections.defaultdict(list)
     for row in rows:
         if row["bench"] == bench:
-            cells[row["recipe"], row["sampler"], row["nfe"]][row["seed"]] = row
+            cells[row["recipe"], row["sampler"], row["nfe"]].append(row)
     return cells
+
+
+def latest(cells: Cells, figure: str) -> dict[tuple[str, str, int], list[float]]:
+    """A figure of each cell, one value for a seed: of its latest row."""
+    return {cell: list({row["seed"]: row[figure] for row in rows}.values()) for cell, rows in cells.items()}
 
 
 def spread(values: list[float], form: str) -> str:
@@ -80,14 +92,15 @@ def spread(values: list[float], form: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
-def table(cells: Rows, figure: str, form: str) -> str:
+def table(cells: Cells, figure: str, form: str) -> str:
     """Markdown: recipes by calls, mean and spread over seeds."""
-    names = list(dict.fromkeys((recipe, sampler) for recipe, sampler, _ in cells))
+    planned = list(dict.fromkeys((cell.recipe.name, cell.sampler) for cell in all_cells(SEEDS)))
+    names = sorted({(recipe, sampler) for recipe, sampler, _ in cells}, key=planned.index)
     lines = ["| model | recipe | " + " | ".join(f"NFE {n}" for n in NFES) + " |", "|---" * (len(NFES) + 2) + "|"]
     for recipe, sampler in names:
-        found = {n: cells[recipe, sampler, n] for n in NFES if (recipe, sampler, n) in cells}
-        model = next(iter(next(iter(found.values())).values()))["model"]
-        values = [spread([r[figure] for r in found[n].values()], form) if n in found else "" for n in NFES]
+        model = next(rows[0]["model"] for cell, rows in cells.items() if cell[:2] == (recipe, sampler))
+        found = [latest(cells, figure).get((recipe, sampler, n)) for n in NFES]
+        values = [spread(values, form) if values else "" for values in found]
         name = recipe + ("" if sampler == "euler" else f", {sampler}")
         lines.append(f"| {model} | `{name}` | " + " | ".join(values) + " |")
     return "\n".join(lines)
@@ -115,34 +128,41 @@ def questions() -> list[tuple[str, Recipe, Recipe, int]]:
     )
     asked.append(("SeqRF-Ada against uniform boundaries", Recipe(4, m=1, adaptive=True), Recipe(4, m=1), 4))
     asked.append(("2 segments of 2 steps against 4 of 1", Recipe(2, m=2), Recipe(4, m=1), 4))
-    for element in (*ELEMENTS, *PAIR_ELEMENTS):
+    huber = {k: Recipe(k, m=4 // k, elements=("huber",)) for k in (1, 4)}
+    asked.append(("4 segments against 4-step distillation of plain reflow, both with `huber`", huber[4], huber[1], 4))
+    alone: list[tuple[str, ...]] = [(name,) for name in (*ELEMENTS, *PAIR_ELEMENTS)]
+    for elements in (*alone, ("huber", "cosine")):
         for k in (1, 4):
             plain = Recipe(k, m=4 // k)
-            asked.append((f"`{element}`, k = {k}", dataclasses.replace(plain, elements=(element,)), plain, 4))
+            named = " and ".join(f"`{name}`" for name in elements)
+            asked.append((f"{named}, k = {k}", dataclasses.replace(plain, elements=elements), plain, 4))
+    for k, recipe in huber.items():
+        on_policy = dataclasses.replace(recipe, on_policy=True)
+        asked.append((f"`huber`, k = {k}, on against off policy", on_policy, recipe, 4))
     return asked
 
 
-def verdicts(cells: Rows) -> str:
+def verdicts(cells: Cells) -> str:
     """Markdown: a line for each question that has rows."""
     lines = ["| question | NFE | FID, difference | | RMS to the teacher, difference | |", "|---|---|---|---|---|---|"]
     for question, first, second, n in questions():
-        pair = [cells.get((recipe.name, "euler", n), {}) for recipe in (first, second)]
-        if not pair[0].keys() & pair[1].keys():
-            continue
+        pair = [cells.get((recipe.name, "euler", n), []) for recipe in (first, second)]
         fid, rms = (compare(pair[0], pair[1], figure) for figure in ("fid", "rms_to_teacher"))
+        if not rms.differences:
+            continue
         lines.append(f"| {question} | {n} | {fid.text('+.3f')} | {fid.word} | {rms.text('+.4f')} | {rms.word} |")
     return "\n".join(lines)
 
 
-def draw_against(cells: Rows, x: str, path: Path) -> None:
+def draw_against(cells: Cells, x: str, path: Path) -> None:
     """FID and distance to the teacher against NFE or network calls, a line or a point for each recipe."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
         for recipe, sampler in dict.fromkeys((r, s) for r, s, _ in cells if "+" not in r):
-            found = [list(cells[recipe, sampler, n].values()) for n in NFES if (recipe, sampler, n) in cells]
-            points = [[statistics.mean(row[key] for row in rows) for key in (x, name)] for rows in found]
+            found = [(recipe, sampler, n) for n in NFES if (recipe, sampler, n) in cells]
+            points = [[statistics.mean(latest(cells, key)[cell]) for key in (x, name)] for cell in found]
             axis.plot(
                 *zip(*points, strict=True), "o-", ms=4, label=recipe + ("" if sampler == "euler" else f" {sampler}")
             )
@@ -156,7 +176,7 @@ def draw_against(cells: Rows, x: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_summary(cells: Rows, path: Path) -> None:
+def draw_summary(cells: Cells, path: Path) -> None:
     """The picture of README: at N calls the teacher, plain reflow distilled to N steps, and N-SeqRF-Distill."""
     from matplotlib import pyplot as plt
 
@@ -168,8 +188,8 @@ def draw_summary(cells: Rows, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
         for line, recipe_at in series.items():
-            found = {n: cells.get((recipe_at(n).name, "euler", n), {}).values() for n in NFES}
-            values = {n: [row[name] for row in rows] for n, rows in found.items() if rows}
+            measured = {n: latest(cells, name).get((recipe_at(n).name, "euler", n)) for n in NFES}
+            values = {n: found for n, found in measured.items() if found}
             spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values.values()]
             axis.errorbar(
                 values.keys(), list(map(statistics.mean, values.values())), spreads, fmt="o-", capsize=3, label=line
@@ -183,14 +203,15 @@ def draw_summary(cells: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_samples(bench: Bench, cells: Rows, workdir: Path, path: Path) -> None:
+def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
     """The same ten noises by the teacher and by the models of the first seed that are in `workdir`."""
     from matplotlib import pyplot as plt
 
     runs = study.Study(bench, workdir / bench.name)
     wanted = [Cell(Recipe(0), n, 0) for n in (1, 2, 4)]
     wanted += [Cell(recipe, n, 0) for n in (1, 2, 4) for recipe in (Recipe(1, m=n), Recipe(n, m=1))]
-    wanted = [cell for cell in dict.fromkeys(wanted) if 0 in cells.get((cell.recipe.name, cell.sampler, cell.nfe), {})]
+    measured = {row["cell"] for rows in cells.values() for row in rows}
+    wanted = [cell for cell in dict.fromkeys(wanted) if cell.id in measured]
     strips = {"teacher, exact": runs.exact_samples(10)} | {
         f"{cell.recipe.model}, NFE {cell.nfe}": runs.samples(cell, 10) for cell in wanted
     }
@@ -203,7 +224,7 @@ def draw_samples(bench: Bench, cells: Rows, workdir: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def section(bench: Bench, rows: list[dict[str, Any]], workdir: Path | None) -> str:
+def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
     """The page's part on one bench."""
     cells = grouped(rows, bench.name)
     here = [row for row in rows if row["bench"] == bench.name]

@@ -6,6 +6,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 import datasets
 import evaluation
@@ -20,10 +21,26 @@ DIGITS = ml_collections.ConfigDict({"dataset": "digits", "image_size": 8, "num_c
 
 @pytest.fixture(scope="module")
 def classifier_cache(tmp_path_factory):
-    """A cache folder that holds the trained classifier of the digits."""
+    """A cache folder that holds a trained classifier of the digits, the only one there is."""
     folder = tmp_path_factory.mktemp("cache")
-    features.label_classifier(DIGITS, folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "KEPT_CLASSIFIERS", folder / "none")
+        features.label_classifier(DIGITS, folder)
+        yield folder
+
+
+def test_the_kept_classifier_is_taken_before_one_is_trained_and_is_told_by_its_weights(tmp_path, monkeypatch):
+    kept = features.label_classifier(DIGITS, tmp_path)
+    assert not list(tmp_path.iterdir())
+    _, test = features._shuffled_digits()
+    assert np.mean(kept.features_and_logits(test.images)[1].argmax(1) == test.labels) >= 0.97
+    (path,) = features.KEPT_CLASSIFIERS.glob("digits_*")
+    with np.load(path) as arrays:
+        others = {name: arrays[name] for name in arrays["names"]}
+    others["Dense_0/bias"] = others["Dense_0/bias"] + np.float32(1e-6)
+    features.write_arrays(epath.Path(tmp_path / path.name), names=np.array(list(others)), **others)
+    monkeypatch.setattr(features, "KEPT_CLASSIFIERS", tmp_path)
+    assert features.label_classifier(DIGITS).identity != kept.identity
 
 
 def test_the_classifier_recognizes_digits_that_it_was_not_trained_on(classifier_cache):

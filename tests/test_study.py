@@ -94,7 +94,7 @@ def test_a_verdict_is_a_paired_t_statistic_above_two_with_one_sign():
     for shift in np.linspace(-0.3, 0.3, 21):
         first, second = rng.normal(shift, 0.05, 3), rng.normal(0, 0.05, 3)
         verdict = study_page.compare(
-            *({seed: {"fid": value} for seed, value in enumerate(values)} for values in (first, second)), "fid"
+            *([{"seed": seed, "fid": value} for seed, value in enumerate(values)] for values in (first, second)), "fid"
         )
         one_sign = len(set(np.sign(first - second))) == 1
         assert verdict.is_settled == (one_sign and abs(scipy.stats.ttest_rel(first, second).statistic) > 2)
@@ -103,5 +103,16 @@ def test_a_verdict_is_a_paired_t_statistic_above_two_with_one_sign():
 
 
 def test_two_seeds_settle_nothing():
-    first, second = ({seed: {"fid": value + seed / 100} for seed in range(2)} for value in (1.0, 2.0))
+    first, second = ([{"seed": s, "fid": value + s / 100} for s in range(2)] for value in (1.0, 2.0))
     assert study_page.compare(first, second, "fid").word == "2 of 3 seeds so far"
+
+
+def test_fid_is_compared_within_a_feature_network_and_the_latest_row_of_a_seed_counts():
+    def rows(features, fid):
+        return [{"seed": s, "features": features, "fid": fid + s, "rms_to_teacher": fid / 100} for s in range(3)]
+
+    first, second = rows("a", 1.0) + rows("b", 2.0), rows("a", 5.0) + rows("c", 9.0)
+    assert study_page.compare(first, second, "fid").differences == (-4.0, -4.0, -4.0)
+    assert study_page.compare(first, second, "rms_to_teacher").differences == pytest.approx([-0.07] * 3)
+    assert study_page.compare(first, rows("c", 1.0), "fid").word == "0 of 3 seeds so far"
+    assert study_page.latest({("k1", "euler", 1): first}, "fid") == {("k1", "euler", 1): [2.0, 3.0, 4.0]}
