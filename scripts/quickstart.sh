@@ -13,6 +13,7 @@ bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 cores=$(getconf _NPROCESSORS_ONLN)
 devices=$((cores >= 8 ? 8 : cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$devices}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # less time in page faults (docs/accelerators.md)
 
 workdir="${1:-runs/digits}"
 config=configs/rf/digits_rf_continuous.py

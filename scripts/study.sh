@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # less time in page faults (docs/accelerators.md)
 workdir="${2:-runs/study}"
 .venv/bin/python scripts/study.py "${1:-fashion_mnist_14}" --workdir "$workdir"
 .venv/bin/python scripts/study_page.py --workdir "$workdir"
