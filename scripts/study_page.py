@@ -24,7 +24,8 @@ PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
 ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
 SEEDS = (0, 1, 2)
 Row = dict[str, Any]
-Cells = dict[tuple[str, str, int], list[Row]]  # (recipe, sampler, nfe) -> rows, the latest last
+Key = tuple[str, str, int]  # recipe, sampler, nfe
+Cells = dict[Key, list[Row]]  # the latest row last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,9 @@ def grouped(rows: list[Row], bench: str) -> Cells:
     return cells
 
 
-def latest(cells: Cells, figure: str) -> dict[tuple[str, str, int], list[float]]:
-    """A figure of each cell, one value for a seed: of its latest row."""
-    return {cell: list({row["seed"]: row[figure] for row in rows}.values()) for cell, rows in cells.items()}
+def latest(rows: list[Row], figure: str) -> list[float]:
+    """A figure of a cell, one value for a seed: of its latest row."""
+    return list({row["seed"]: row[figure] for row in rows}.values())
 
 
 def spread(values: list[float], form: str) -> str:
@@ -99,7 +100,7 @@ def table(cells: Cells, figure: str, form: str) -> str:
     lines = ["| model | recipe | " + " | ".join(f"NFE {n}" for n in NFES) + " |", "|---" * (len(NFES) + 2) + "|"]
     for recipe, sampler in names:
         model = next(rows[0]["model"] for cell, rows in cells.items() if cell[:2] == (recipe, sampler))
-        found = [latest(cells, figure).get((recipe, sampler, n)) for n in NFES]
+        found = [latest(cells.get((recipe, sampler, n), []), figure) for n in NFES]
         values = [spread(values, form) if values else "" for values in found]
         name = recipe + ("" if sampler == "euler" else f", {sampler}")
         lines.append(f"| {model} | `{name}` | " + " | ".join(values) + " |")
@@ -154,51 +155,59 @@ def verdicts(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def draw_against(cells: Cells, x: str, path: Path) -> None:
-    """FID and distance to the teacher against NFE or network calls, a line or a point for each recipe."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
-        for recipe, sampler in dict.fromkeys((r, s) for r, s, _ in cells if "+" not in r):
-            found = [(recipe, sampler, n) for n in NFES if (recipe, sampler, n) in cells]
-            points = [[statistics.mean(latest(cells, key)[cell]) for key in (x, name)] for cell in found]
-            axis.plot(
-                *zip(*points, strict=True), "o-", ms=4, label=recipe + ("" if sampler == "euler" else f" {sampler}")
-            )
-        axis.set(xlabel={"nfe": "network calls an image (NFE)"}.get(x, "network calls to make the model"), ylabel=label)
-        axis.set_yscale("log")
-        if x == "nfe":
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(NFES, NFES)
-    axes[1].legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def at_each_nfe(recipe_at: Callable[[int], Recipe], sampler: str = "euler") -> list[Key]:
+    """The cells of a line over N calls."""
+    return [(recipe_at(n).name, sampler, n) for n in NFES]
 
 
-def draw_summary(cells: Cells, path: Path) -> None:
-    """The picture of README: at N calls the teacher, plain reflow distilled to N steps, and N-SeqRF-Distill."""
-    from matplotlib import pyplot as plt
-
-    series: dict[str, Callable[[int], Recipe]] = {
-        "1-RF, N Euler steps": lambda n: Recipe(0),
-        "plain reflow, distilled to N steps": lambda n: Recipe(1, m=n),
-        "N-SeqRF-Distill": lambda n: Recipe(n, m=1),
+def summary_series() -> dict[str, list[Key]]:
+    """The lines of README's picture: the teacher, plain reflow distilled to N steps, and N-SeqRF-Distill."""
+    return {
+        "1-RF, N Euler steps": at_each_nfe(lambda n: Recipe(0)),
+        "plain reflow, distilled to N steps": at_each_nfe(lambda n: Recipe(1, m=n)),
+        "N-SeqRF-Distill": at_each_nfe(lambda n: Recipe(n, m=1)),
     }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, (name, label) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
-        for line, recipe_at in series.items():
-            measured = {n: latest(cells, name).get((recipe_at(n).name, "euler", n)) for n in NFES}
-            values = {n: found for n, found in measured.items() if found}
-            spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values.values()]
-            axis.errorbar(
-                values.keys(), list(map(statistics.mean, values.values())), spreads, fmt="o-", capsize=3, label=line
-            )
-        axis.set(xlabel="N: network calls an image", ylabel=label, yscale="log")
+
+
+def nfe_series() -> dict[str, list[Key]]:
+    """More lines over N calls."""
+    return summary_series() | {
+        "1-RF, Heun": at_each_nfe(lambda n: Recipe(0), "heun"),
+        "1-RF, adaptive times": at_each_nfe(lambda n: Recipe(0), "adaptive"),
+        "plain reflow alone": at_each_nfe(lambda n: Recipe(1)),
+        "4-SeqRF alone": at_each_nfe(lambda n: Recipe(4)),
+        "plain reflow, distilled on policy": at_each_nfe(lambda n: Recipe(1, m=n, on_policy=True)),
+        "N-SeqRF-Distill, on policy": at_each_nfe(lambda n: Recipe(n, m=1, on_policy=True)),
+    }
+
+
+def cost_series() -> dict[str, list[Key]]:
+    """At 4 calls, with half, all and twice the budget."""
+    names = {1: "plain reflow, distilled to 4 steps", 4: "4-SeqRF-Distill"}
+    return {
+        name: [(Recipe(k, m=4 // k, scale=scale).name, "euler", 4) for scale in (0.5, 1, 2)]
+        for k, name in names.items()
+    }
+
+
+def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, path: Path) -> None:
+    """FID and distance to the teacher against a figure `x` of the rows, with the standard deviation over seeds."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, (name, title) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
+        for line, keys in series.items():
+            found = [cells[key] for key in keys if key in cells]
+            values = [latest(rows, name) for rows in found]
+            spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
+            places = [statistics.mean(latest(rows, x)) for rows in found]
+            axis.errorbar(places, list(map(statistics.mean, values)), spreads, fmt="o-", ms=4, capsize=3, label=line)
+        axis.set(xlabel=label, ylabel=title, yscale="log")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(NFES, NFES)
+        if x == "nfe":
+            axis.set_xticks(NFES, NFES)
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -231,9 +240,11 @@ def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
     missing = {cell.id for cell in all_cells(SEEDS)} - {row["cell"] for row in here}
     devices = ", ".join(sorted({row["device"] for row in here}))
     PICTURES.mkdir(exist_ok=True)
-    draw_against(cells, "nfe", PICTURES / f"{bench.name}_nfe.png")
-    draw_against(cells, "network_calls", PICTURES / f"{bench.name}_cost.png")
-    draw_summary(cells, PICTURES / f"{bench.name}_summary.png")
+    calls = "N: network calls an image"
+    draw_series(cells, summary_series(), "nfe", calls, PICTURES / f"{bench.name}_summary.png")
+    draw_series(cells, nfe_series(), "nfe", calls, PICTURES / f"{bench.name}_nfe.png")
+    cost = "network calls to make the model, 4 calls an image"
+    draw_series(cells, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
     same = PICTURES / f"{bench.name}_samples.png"
     if workdir:
         draw_samples(bench, cells, workdir, same)

@@ -115,4 +115,11 @@ def test_fid_is_compared_within_a_feature_network_and_the_latest_row_of_a_seed_c
     assert study_page.compare(first, second, "fid").differences == (-4.0, -4.0, -4.0)
     assert study_page.compare(first, second, "rms_to_teacher").differences == pytest.approx([-0.07] * 3)
     assert study_page.compare(first, rows("c", 1.0), "fid").word == "0 of 3 seeds so far"
-    assert study_page.latest({("k1", "euler", 1): first}, "fid") == {("k1", "euler", 1): [2.0, 3.0, 4.0]}
+    assert study_page.latest(first, "fid") == [2.0, 3.0, 4.0]
+
+
+def test_every_line_of_a_figure_is_of_cells_of_the_study():
+    planned = {(cell.recipe.name, cell.sampler, cell.nfe) for cell in all_cells((0,))}
+    for series in (study_page.summary_series(), study_page.nfe_series(), study_page.cost_series()):
+        for name, keys in series.items():
+            assert len(planned & set(keys)) >= 2, name
