@@ -378,8 +378,8 @@ def verify(study: Study, cell: Cell) -> bool:
     *_, before = (row for row in read_rows() if (row["bench"], row["cell"]) == (study.bench.name, cell.id))
     with tempfile.TemporaryDirectory() as folder:
         after = Study(study.bench, Path(folder)).row(cell)
-    for name in FIGURES:
-        print(f"{name}: {before[name]!r} then, {after[name]!r} now")
+    for name in (*FIGURES, "features", "device", "commit"):
+        print(f"{name}: {before.get(name)!r} then, {after[name]!r} now")
     return all(before[name] == after[name] for name in FIGURES)
 
 
