@@ -70,6 +70,11 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def start_fingerprint(weights: models.Weights) -> str:
+    """The `fingerprint` of all that a stage takes over from what it starts from: weights, EMA and Adam's moments."""
+    return fingerprint({name: getattr(weights, name) for name in (*exported.TREES, "count", "step")})
+
+
 class RunCheckpoints:
     """Snapshots and the latest preemption checkpoint of one stage of one run. Saves in the background.
 
@@ -229,7 +234,7 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       InputError: nothing there, or an incomplete or corrupt checkpoint.
     """
-    path = _resolve(path)
+    path = resolve(path)
     return exported.read_metadata(path) if path.is_file() else _folder_metadata(path)
 
 
@@ -245,7 +250,7 @@ def load_weights(path: epath.PathLike, config: ml_collections.ConfigDict, *, ema
     Raises:
       InputError: nothing there, damaged, another network, or no such EMA; the message names what differs.
     """
-    path = _resolve(path)  # once: a run in progress may save another snapshot meanwhile
+    path = resolve(path)  # once: a run in progress may save another snapshot meanwhile
     metadata, k = read_metadata(path), config.training.reflow_t
     wanted = make_metadata(config, "", [1, 0])
     _check_same_network(path, metadata, wanted, "choose another checkpoint or the configuration it was trained with")
@@ -297,7 +302,7 @@ def _check_shapes(what: str, tree, shapes):
 
 def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
     """The weights at `path`, with their own number of heads, and their metadata. `ema_rate` as in `load_weights`."""
-    path = _resolve(path)
+    path = resolve(path)
     metadata = read_metadata(path)
     tree = {} if path.is_file() else _read_state(path)
     if ema_rate and losses.ema_name(ema_rate) not in (kept := tree.get("extra_ema", {})):
@@ -318,8 +323,12 @@ def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weig
     return weights, metadata
 
 
-def _resolve(path):
-    """The exported file or the checkpoint folder that `path` stands for."""
+def resolve(path: epath.PathLike) -> epath.Path:
+    """The exported file or the checkpoint folder that `path` stands for, see `load_weights`.
+
+    Raises:
+      InputError: there is none, or more than one.
+    """
     path = epath.Path(path)
     try:
         with os_errors():

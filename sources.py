@@ -36,7 +36,7 @@ class CheckpointRef:
     """A checkpoint that a job starts from or evaluates, not loaded yet.
 
     Attributes:
-      name: its path.
+      name: its path, down to the step of a run or the file of an exported model.
       metadata: `checkpoints.make_metadata`: stage, k, boundaries, teacher.
       load: () -> `models.Weights` with the run's number of heads.
     """
@@ -62,6 +62,7 @@ def checkpoint_at(path: epath.PathLike, config: ml_collections.ConfigDict, ema_r
     """
     if str(path).endswith((".pth", ".pt")):
         return CheckpointRef(str(path), TORCH_METADATA, lambda: models.import_torch(path, config))
+    path = checkpoints.resolve(path)  # once: a run in progress may save another snapshot meanwhile
     load = functools.partial(checkpoints.load_weights, path, config, ema_rate=ema_rate)
     return CheckpointRef(str(path), checkpoints.read_metadata(path), load)
 

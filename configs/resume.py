@@ -1,5 +1,6 @@
 """Which settings a run may change when it is resumed: those that cannot change its result."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -24,28 +25,35 @@ FREE = frozenset(
         "training.gen_worker",
     ]
 )  # fmt: skip
+START = {"training.import_torch", "training.import_flax"}  # paths, of the same weights or of others
 
 
-def check_resume(saved: dict[str, Any], config: ml_collections.ConfigDict, stage_folder) -> None:
+def check_resume(
+    saved: dict[str, Any], config: ml_collections.ConfigDict, stage_folder, starts_alike: Callable[[], bool]
+) -> None:
     """Checks that a stage goes on with the settings that it was begun with; `saved` is the configuration then.
 
     A setting that a later version has introduced had its default. The number of updates may change where the learning
     rate does not depend on it.
+
+    Args:
+      starts_alike: whether `config` means the weights that the stage began with; asked where it names them otherwise.
 
     Raises:
       InputError: settings differ, unless `training.override_resume`; it names them and both values.
     """
     free = FREE | ({"training.n_iters"} if config.optim.schedule == "constant" else set())
     before, now = (_flat(get_default_config().to_dict()) | _flat(saved)), _flat(config.to_dict())
-    differing = [
-        f"{name} was {before[name]!r} and is {now[name]!r}"
-        for name in sorted(now.keys() & before.keys() - free)
-        if before[name] != now[name]
-    ]
-    if differing and not config.training.override_resume:
+    differing = [name for name in sorted(now.keys() & before.keys() - free) if before[name] != now[name]]
+    if not differing or config.training.override_resume:
+        return
+    if START.intersection(differing) and starts_alike():
+        differing = [name for name in differing if name not in START]
+    if differing:
+        values = "; ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
         raise InputError(
-            f"{stage_folder} was begun with other settings: {'; '.join(differing)}. Use those again, or another "
-            "--workdir, or go on all the same with --config.training.override_resume=True"
+            f"{stage_folder} was begun with other settings: {values}. Use those again, or another --workdir, or go on "
+            "all the same with --config.training.override_resume=True"
         )
 
 

@@ -112,22 +112,31 @@ def _first_state(config, workdir, stage: Stage, data, model, saved) -> tuple[los
     metadata = checkpoints.make_metadata(config, stage.folder, data.boundaries, teacher=data.teacher)
     random = functools.partial(_initial_state, config, step=0)
     like = jax.eval_shape(lambda: random(_random_weights(config, model)))
+    starting_weights = functools.partial(_starting_weights, config, workdir, stage, model)
     if saved.latest_step() is not None and (settings := checkpoints.read_settings(folder)):
-        check_resume(settings, config, folder)
+        check_resume(settings, config, folder, lambda: _began_with(folder, starting_weights()[1]))
     if (state := saved.resume(like, metadata)) is not None:
         logger.info("resuming %s from update %d", folder, state.step)
-        return state, metadata | {"source": checkpoints.read_metadata(folder)["source"]}, False
-    parent = None if stage.parent is None else workdir / stage.parent
-    source = sources.starting_checkpoint(config, parent)
-    if source is None:
-        weights = _random_weights(config, model)
-        checkpoints.log_source("random weights", weights, centered=config.data.centered)
-        return random(weights), metadata | {"source": "random"}, True
-    weights = source.load()
-    checkpoints.log_source(source.name, weights, centered=config.data.centered)
-    data.check_fit(source, weights, distills=stage.parent == "2_rf")
-    step = int(weights.step) if stage.parent is None else 0
-    return _initial_state(config, weights, step=step), metadata | {"source": source.name}, True
+        begun = checkpoints.read_metadata(folder)
+        return state, metadata | {name: begun[name] for name in ("source", "start") if name in begun}, False
+    source, weights = starting_weights()
+    name = source.name if source else "random"
+    metadata |= {"source": name, "start": checkpoints.start_fingerprint(weights)}
+    checkpoints.log_source(name if source else "random weights", weights, centered=config.data.centered)
+    if source:
+        data.check_fit(source, weights, distills=stage.parent == "2_rf")
+    return _initial_state(config, weights, step=0 if stage.parent else int(weights.step)), metadata, True
+
+
+def _starting_weights(config, workdir, stage: Stage, model) -> tuple[sources.CheckpointRef | None, models.Weights]:
+    """(what a stage starts from, its weights); None and random weights for a 1-RF that is given nothing."""
+    source = sources.starting_checkpoint(config, workdir / stage.parent if stage.parent else None)
+    return source, source.load() if source else _random_weights(config, model)
+
+
+def _began_with(folder: epath.Path, weights: models.Weights) -> bool:
+    """Whether a run began with these weights; False for one of a version that did not keep which."""
+    return checkpoints.read_metadata(folder).get("start") == checkpoints.start_fingerprint(weights)
 
 
 def _initial_state(config, weights, *, step: int) -> losses.TrainState:

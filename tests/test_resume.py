@@ -1,12 +1,16 @@
 """Which settings may differ when a run is resumed."""
 
+import functools
 import json
 
 import pytest
 
-from configs.resume import FREE, check_resume
+import configs.resume
+from configs.resume import FREE, START
 from configs.rf.digits_rf_continuous import get_config
 from utils import InputError
+
+check_resume = functools.partial(configs.resume.check_resume, starts_alike=lambda: False)
 
 
 def saved():
@@ -16,7 +20,7 @@ def saved():
 
 def test_every_free_setting_exists():
     config = get_config()
-    for name in FREE:
+    for name in FREE | START:
         section, key = name.split(".")
         assert key in config[section], name
 
@@ -55,3 +59,14 @@ def test_a_schedule_that_ends_with_the_run_fixes_its_length():
     config.training.n_iters += 1
     with pytest.raises(InputError, match="n_iters was 1400 and is 1401"):
         check_resume(before, config, "1_rf")
+
+
+def test_starting_weights_may_have_another_path_where_they_are_the_same():
+    config = get_config()
+    config.training.import_flax = "/elsewhere/1_rf"
+    check_resume(saved(), config, "1_rf", starts_alike=lambda: True)
+    with pytest.raises(InputError, match="import_flax was 'none' and is '/elsewhere/1_rf'"):
+        check_resume(saved(), config, "1_rf")
+    config.seed = 7
+    with pytest.raises(InputError, match=r"other settings: seed was 42 and is 7\. Use"):
+        check_resume(saved(), config, "1_rf", starts_alike=lambda: True)

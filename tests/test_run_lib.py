@@ -356,12 +356,25 @@ def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdi
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), together.params, alone.params)
 
 
+def test_a_run_goes_on_from_the_same_weights_in_another_place_but_from_no_others(workdir, tmp_path):
+    def train(start, n_iters):
+        run_lib.train(tiny_config(training={"import_flax": str(start), "n_iters": n_iters}), tmp_path / "run")
+
+    first = workdir / "1_rf" / "checkpoints" / "4"
+    shutil.copytree(first, tmp_path / "moved")
+    train(first, 5)
+    train(tmp_path / "moved", 6)
+    assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [4, 5, 6]
+    with pytest.raises(InputError, match=r"other settings: training.import_flax was '.*moved' and is '.*/6'\."):
+        train(workdir / "1_rf" / "checkpoints" / "6", 7)
+
+
 def test_given_weights_that_need_no_update_are_the_stage(workdir, tmp_path):
     run_lib.train(tiny_config(training={"import_flax": str(workdir / "1_rf")}), tmp_path)
     assert checkpoints.steps_in(tmp_path / "1_rf") == [6]
     kept, info = state(tmp_path, "1_rf", 6)
     jax.tree.map(np.testing.assert_array_equal, kept.params, state(workdir, "1_rf", 6)[0].params)
-    assert info["source"] == str(workdir / "1_rf")
+    assert info["source"] == str(workdir / "1_rf" / "checkpoints" / "6")
 
 
 def test_snapshots_are_measured(workdir):

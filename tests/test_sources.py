@@ -50,24 +50,25 @@ def test_a_given_pytorch_checkpoint_comes_before_a_given_checkpoint_before_the_s
 def test_a_stage_that_is_not_finished_is_no_parent_but_may_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "read_metadata", lambda path: {"path": str(path)})
     stage = epath.Path(tmp_path) / "1_rf"
-    (stage / "checkpoints" / "300").mkdir(parents=True)
+    (stage / "checkpoints" / "300" / "state").mkdir(parents=True)
     config = config_with()
-    assert sources.starting_checkpoint(config, stage).name == str(stage)  # of a version that kept no settings
+    last = str(stage / "checkpoints" / "300")
+    assert sources.starting_checkpoint(config, stage).name == last  # of a version that kept no settings
     config.training.n_iters = 300
     checkpoints.write_settings(stage, config)
-    assert sources.starting_checkpoint(config, stage).name == str(stage)
+    assert sources.starting_checkpoint(config, stage).name == last
     config.training.n_iters = 301  # as when a finished run is begun again to make it longer
     checkpoints.write_settings(stage, config)
     with pytest.raises(InputError, match=r"has 300 of 301 updates; resume it, or .*import_flax=\S+checkpoints/300"):
         sources.starting_checkpoint(config, stage)
-    config.training.import_flax = str(stage / "checkpoints" / "300")
-    assert sources.starting_checkpoint(config, stage).name == config.training.import_flax
+    config.training.import_flax = last
+    assert sources.starting_checkpoint(config, stage).name == last
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(1, [10, 20, 30]), (20, [10, 30])])
 def test_the_checkpoints_between_begin_and_end_step_are_evaluated(tmp_path, monkeypatch, interval, expected):
     for step in (0, 10, 20, 30, 40):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / str(step) / "state").mkdir(parents=True)
     monkeypatch.setattr(checkpoints, "read_metadata", lambda path: {"path": str(path)})
     config = config_with(eval__begin_step=10, eval__end_step=30, eval__interval_step=interval)
     found = sources.checkpoints_to_evaluate(config, epath.Path(tmp_path))
