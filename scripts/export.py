@@ -31,6 +31,18 @@ def model_name(metadata: dict[str, Any]) -> str:
     return f"{k}-SeqRF-Distill" if stage.startswith("2_distill") else f"{k}-SeqRF"
 
 
+def source_name(source: str) -> str:
+    """Where a model started from, without this machine's path: run and step, 'k4/2_rf, step 450', or the last part."""
+    import exported
+
+    path = pathlib.PurePath(source)
+    if path.parent.name == "checkpoints":
+        run = pathlib.PurePath(*path.parts[-4:-2])
+        return f"{run.as_posix()}, step {path.name}"
+    is_named = ", step " in source  # of a model that was exported before
+    return source if is_named else (path.parent if path.name == exported.WEIGHTS else path).name
+
+
 def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
     import checkpoints
@@ -66,23 +78,35 @@ def measured(run: pathlib.Path, given: list[pathlib.Path], fingerprint: str) -> 
     return sorted(ours, key=lambda entry: (entry.get("sampler") != "ODE", entry.get("nfe") or 0))
 
 
-def metrics_table(metrics: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row for each evaluation, and below it how they were measured."""
-    quality = next((name for name in metrics[0] if name.startswith("fid")), "fid")
-    columns = ["nfe", quality, "straightness", "sequential_straightness", "truncation_error"]
-    rows = [["sampler", *columns]]
+def metrics_tables(metrics: list[dict[str, Any]]) -> str:
+    """Markdown: a table of the evaluations that were measured alike and below it how; one for each way."""
+    alike: dict[str, list[dict[str, Any]]] = {}
     for entry in metrics:
-        values = [entry.get(name) for name in columns]
-        rows.append([str(entry.get("sampler")), *("-" if v is None else f"{v:.4g}" for v in values)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    settings = metrics[0]["settings"]
-    how = (
+        alike.setdefault(_how_measured(entry), []).append(entry)
+    return "\n\n".join(f"{_table(entries)}\n\n{how}" for how, entries in alike.items())
+
+
+def _quality(entry: dict[str, Any]) -> str:
+    return next((name for name in entry if name.startswith("fid")), "fid")
+
+
+def _how_measured(entry: dict[str, Any]) -> str:
+    quality, settings = _quality(entry), entry["settings"]
+    return (
         f"Measured with `main.py --mode=eval`: {quality} between {settings.get('num_samples')} samples and the "
         f"{settings.get('data')} data, features of {settings.get('network')}; straightness and truncation error over "
         f"{settings.get('straightness_samples')} noises; seed {settings.get('seed')}, batches of "
         f"{settings.get('batch_size')} on {settings.get('devices')}. `{quality}` of another network is not comparable."
     )
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], "", how])
+
+
+def _table(metrics: list[dict[str, Any]]) -> str:
+    columns = ["nfe", _quality(metrics[0]), "straightness", "sequential_straightness", "truncation_error"]
+    rows = [["sampler", *columns], ["---"] * (1 + len(columns))]
+    for entry in metrics:
+        values = [entry.get(name) for name in columns]
+        rows.append([str(entry.get("sampler")), *("-" if v is None else f"{v:.4g}" for v in values)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def card(metadata: dict[str, Any], metrics: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -131,7 +155,7 @@ Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata
 {f"{chr(10)}```bash{chr(10)}{commands}{chr(10)}```{chr(10)}" if commands else ""}
 ## Metrics
 
-{metrics_table(metrics) if metrics else "None were given."}
+{metrics_tables(metrics) if metrics else "None were given."}
 
 ## Licence
 
@@ -152,7 +176,7 @@ def export(options: argparse.Namespace) -> None:
         raise InputError(f"{out} exists and holds something else; name a new folder")
     metadata = checkpoints.read_metadata(options.run)
     weights = checkpoints.load_weights(options.run, checkpoints.own_config(metadata), ema_rate=options.ema_rate)
-    metadata["source"] = pathlib.PurePath(metadata.get("source") or "").name  # no path of this machine
+    metadata["source"] = source_name(metadata.get("source") or "")
     metrics = measured(options.run, options.metrics, checkpoints.fingerprint(weights.ema_params))
     samplers = recommended_samplers(metadata)
     options.name = options.name or model_name(metadata)

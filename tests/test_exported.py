@@ -22,7 +22,8 @@ import sampler
 import sampling
 from utils import InputError
 
-export_main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "export.py"))["main"]
+script = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "export.py"))
+export_main = script["main"]
 CONFIG = network_config(k=2)
 
 
@@ -179,9 +180,10 @@ def test_arguments_that_cannot_work_are_named(folder):
         sampler.load(folder, batch_size=0)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((pathlib.Path(__file__).parents[1] / "model_zoo").glob("*/")), ids=lambda p: p.name
-)
+MODEL_ZOO = pathlib.Path(__file__).parents[1] / "model_zoo"  # with a folder of classifiers
+
+
+@pytest.mark.parametrize("path", sorted(p.parent for p in MODEL_ZOO.glob("*/config.json")), ids=lambda p: p.name)
 def test_shipped_models_load_and_are_small(path):
     model = sampler.load(path)
     assert sum(file.stat().st_size for file in path.iterdir()) < 8e6
@@ -197,8 +199,8 @@ def test_shipped_models_load_and_are_small(path):
 # --- scripts/export.py ------------------------------------------------------------------------------------------------
 
 
-def measurement(fingerprint):
-    settings = {"weights": fingerprint, "num_samples": 2048, "data": "digits"}
+def measurement(fingerprint, num_samples=2048):
+    settings = {"weights": fingerprint, "num_samples": num_samples, "data": "digits"}
     values = {"fid_digits_classifier": 0.46, "nfe": 2.0, "straightness": 5.5, "truncation_error": None}
     return json.dumps({"sampler": "Euler 2", **values, "settings": settings})
 
@@ -221,6 +223,27 @@ def test_the_script_writes_a_folder_for_a_hub_with_the_metrics_of_these_weights(
     assert "bash train.sh" in text
     assert "/home/me" not in (out / "config.json").read_text() + text
     assert export_main([str(folder), str(out), "--images", "0"]) == 0  # again
+
+
+def test_a_card_has_a_table_for_each_way_of_measuring():
+    tables = script["metrics_tables"]([json.loads(measurement("0f", count)) for count in (2048, 16, 2048)])
+    large, small = tables.split("between 2048 samples")
+    assert (large.count("| Euler 2 |"), small.count("| Euler 2 |")) == (2, 1)
+    assert "between 16 samples" in small
+
+
+def test_where_a_model_started_from_is_named_without_the_machines_path():
+    names = {
+        "/home/me/k4/2_rf/checkpoints/450": "k4/2_rf, step 450",
+        "2_rf/checkpoints/450": "2_rf, step 450",
+        "model_zoo/digits_1rf/model.safetensors": "digits_1rf",
+        "/home/me/one.pth": "one.pth",
+        "random": "random",
+        "": "",
+    }
+    for source, name in names.items():
+        assert script["source_name"](source) == name
+        assert script["source_name"](name) == name  # of an exported model that is exported again
 
 
 def test_the_script_refuses_in_one_line(folder, tmp_path, capsys):
