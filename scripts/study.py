@@ -60,6 +60,7 @@ class Study:
     def __init__(self, bench: Bench, workdir: Path):
         """`workdir`: of all runs, a folder for each seed."""
         self.bench, self.workdir = bench, workdir
+        self.commit = _commit()  # of the code that is loaded, whatever is checked out later
         self._sampler = functools.cache(self._exact_sampler)  # compiled once for all models of the same segments
         self._teacher_samples = functools.cache(self._samples_of_teacher)
         self._fine_distances = functools.cache(self._distances_of_states)
@@ -81,12 +82,15 @@ class Study:
 
         record = folder / f"seconds_{name}.json"
         seconds = utils.read_json(record, 0.0)
-        if not is_done:
-            began = time.perf_counter()
+        if is_done:
+            return seconds
+        began = time.perf_counter()
+        try:
             run_lib.train(self.config(seed, options), folder)
+        finally:  # a run that is stopped goes on later
             seconds += time.perf_counter() - began
             utils.write_json(record, seconds)
-            jax.clear_caches()  # of programs that no other run uses
+        jax.clear_caches()  # of programs that no other run uses
         return seconds
 
     @functools.cached_property
@@ -107,6 +111,10 @@ class Study:
             scaled = Study(self.bench.scaled(recipe.scale), self.workdir / f"budget_x{recipe.scale:g}")
             return dataclasses.replace(scaled.model(dataclasses.replace(recipe, scale=1), seed), recipe=recipe)
         return self._distilled(recipe, seed) if recipe.m else self._reflowed(recipe, seed, whole=True)
+
+    def holds(self, recipe: Recipe, seed: int) -> bool:
+        """Whether a model that has been measured is in the workdir, so that nothing is trained to sample it."""
+        return not recipe.k or self._folder(recipe.name, seed).is_dir()
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.workdir / f"seed_{seed}" / name
@@ -145,12 +153,14 @@ class Study:
     def _reflowed(self, recipe: Recipe, seed: int, *, whole: bool) -> Model:
         """The k-SeqRF of a recipe: with all of the budget, or as far as a distillation starts from."""
         pairs, calls, seconds = self._pairs(recipe, seed, self.bench.pairs[recipe.k][0])
-        left = (self.bench.calls - calls) // (self.bench.batch_size * CALLS_PER_EXAMPLE)
-        updates = left if whole else self.bench.reflow
         folder = self._folder(recipe.reflow_name, seed)
         _link(pairs / "samples", folder / "samples")
+        if whole:  # goes on from there
+            seconds = self._reflowed(recipe, seed, whole=False).seconds
+        left = (self.bench.calls - calls) // (self.bench.batch_size * CALLS_PER_EXAMPLE)
+        updates, record = (left, "2_rf_whole") if whole else (self.bench.reflow, "2_rf")
         options = self._training(recipe, "train_reflow", updates, self.teacher[0])
-        seconds += self._train(folder / "2_rf", seed, updates, options | {"training.snapshot_freq": self.bench.reflow})
+        seconds += self._train(folder / "2_rf", seed, updates, options, record)
         calls += updates * self.bench.batch_size * CALLS_PER_EXAMPLE
         return Model(folder / "2_rf" / "checkpoints" / str(updates), recipe, updates, calls, seconds)
 
@@ -171,7 +181,7 @@ class Study:
         updates = int((self.bench.calls - calls) / (self.bench.batch_size * per_example))
         options = self._training(recipe, "train_distill", updates, start.checkpoint)
         stage = "2_distill" + (f"_{recipe.m}" if recipe.m > 1 else "")
-        seconds += self._train(folder / stage, seed, updates, options)
+        seconds += self._train(folder / stage, seed, updates, options, stage)
         calls += int(updates * self.bench.batch_size * per_example)
         return Model(folder / stage / "checkpoints" / str(updates), recipe, start.updates + updates, calls, seconds)
 
@@ -189,11 +199,11 @@ class Study:
             "training.import_flax": str(start),
         }
 
-    def _train(self, stage: Path, seed: int, updates: int, options: dict[str, Any]) -> float:
+    def _train(self, stage: Path, seed: int, updates: int, options: dict[str, Any], record: str) -> float:
         if updates < 1:
             raise ValueError(f"nothing of the budget is left to train {stage}")
         is_done = (stage / "checkpoints" / str(updates)).is_dir()
-        return self.run(stage.parent, stage.name, seed, options, is_done=is_done)
+        return self.run(stage.parent, record, seed, options, is_done=is_done)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +295,10 @@ class Study:
         (_, (x, sequential), _), *_ = exact.map_noises("reference", solve, params, 1, self.bench.referenced)
         return x[0], float(sequential[0])
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far of this bench and teacher."""
+        return [row for row in read_rows() if (row["bench"], row["teacher"]) == (self.bench.name, self.teacher[1])]
+
     def row(self, cell: Cell) -> dict[str, Any]:
         """The row of a cell; trains what it needs."""
         model = self.model(cell.recipe, cell.seed)
@@ -304,7 +318,7 @@ class Study:
             "wall_seconds": round(model.seconds, 1),
             "features": self.real.network.identity,
             "device": _device(),
-            "commit": _commit(),
+            "commit": self.commit,
             "teacher": self.teacher[1],
         }
 
@@ -375,7 +389,7 @@ def append_row(row: dict[str, Any], path: Path = RESULTS) -> None:
 
 def verify(study: Study, cell: Cell) -> bool:
     """Makes a row again, from its pairs on, in a folder of its own; True if every figure is the same."""
-    *_, before = (row for row in read_rows() if (row["bench"], row["cell"]) == (study.bench.name, cell.id))
+    *_, before = (row for row in study.rows() if row["cell"] == cell.id)
     with tempfile.TemporaryDirectory() as folder:
         after = Study(study.bench, Path(folder)).row(cell)
     for name in (*FIGURES, "features", "device", "commit"):
@@ -402,10 +416,12 @@ def main() -> None:
     cells = all_cells(tuple(map(int, arguments.seeds.split(","))))
     with runtime.terminal_logging():
         if arguments.verify:
-            sys.exit(0 if verify(study, next(cell for cell in cells if cell.id == arguments.verify)) else 1)
+            named = [cell for cell in cells if cell.id == arguments.verify]
+            if not named or named[0].id not in {row["cell"] for row in study.rows()}:
+                sys.exit(f"error: no row of {RESULTS} is of the cell {arguments.verify!r}, this bench and teacher")
+            sys.exit(0 if verify(study, named[0]) else 1)
         for number, cell in enumerate(cells, 1):
-            done = {row["cell"] for row in read_rows() if row["bench"] == study.bench.name}
-            if cell.id in done or arguments.only not in cell.id:
+            if arguments.only not in cell.id or cell.id in {row["cell"] for row in study.rows()}:
                 continue
             print(f"== {number}/{len(cells)} {cell.id}", flush=True)
             row = study.row(cell)

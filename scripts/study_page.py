@@ -47,7 +47,9 @@ class Verdict:
         return len(self.differences) >= 3 and agree and abs(self.mean) > 2 * self.error
 
     def text(self, form: str) -> str:
-        """'mean ± error', or the one difference."""
+        """'mean ± error', or the one difference; '-' where there is none."""
+        if not self.differences:
+            return "-"
         return format(self.mean, form) + ("" if math.isnan(self.error) else f" ± {self.error:{form[1:]}}")
 
     @property
@@ -213,7 +215,7 @@ def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, 
 
 
 def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
-    """The same ten noises by the teacher and by the models of the first seed that are in `workdir`."""
+    """The same ten noises by the teacher and by measured models of the first seed, if all of them are in `workdir`."""
     from matplotlib import pyplot as plt
 
     runs = study.Study(bench, workdir / bench.name)
@@ -221,6 +223,9 @@ def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
     wanted += [Cell(recipe, n, 0) for n in (1, 2, 4) for recipe in (Recipe(1, m=n), Recipe(n, m=1))]
     measured = {row["cell"] for rows in cells.values() for row in rows}
     wanted = [cell for cell in dict.fromkeys(wanted) if cell.id in measured]
+    if absent := [cell.recipe.name for cell in wanted if not runs.holds(cell.recipe, cell.seed)]:
+        print(f"{path} stays as it is: the models {', '.join(absent)} of seed 0 are not in {runs.workdir}")
+        return
     strips = {"teacher, exact": runs.exact_samples(10)} | {
         f"{cell.recipe.model}, NFE {cell.nfe}": runs.samples(cell, 10) for cell in wanted
     }
@@ -300,7 +305,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir and arguments.workdir.absolute()
     os.chdir(ROOT)  # the teachers' paths are relative to it
-    rows = study.read_rows()
+    rows = [row for bench in BENCHES.values() for row in study.Study(bench, ROOT).rows()]
     measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
     PAGE.write_text(
         "\n".join([INTRODUCTION, ADVICE.read_text(), *(section(bench, rows, workdir) for bench in measured)])

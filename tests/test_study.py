@@ -1,5 +1,6 @@
 """The study: its cells, their equal cost, its rows through kills, and its verdicts."""
 
+import collections
 import dataclasses
 import json
 
@@ -57,9 +58,11 @@ def test_every_question_is_on_cells_of_the_study():
         assert {Cell(recipe, n, 0).id for recipe in (first, second)} <= ids
 
 
-def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path):
-    cell = Cell(Recipe(2, m=1, on_policy=True), 2, 0)
-    row = study.Study(bench, tmp_path / "a").row(cell)
+def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path, monkeypatch):
+    cell, runs = Cell(Recipe(2, m=1, on_policy=True), 2, 0), study.Study(bench, tmp_path / "a")
+    monkeypatch.setattr(study, "_commit", lambda: "checked out meanwhile")
+    row = runs.row(cell)
+    assert row["commit"] != "checked out meanwhile"
     update = bench.batch_size * (CALLS_PER_EXAMPLE + 0.5)  # (N - 1) / 2 calls of the student, N = 2
     assert bench.calls - update < row["network_calls"] <= bench.calls
     again = study.Study(bench, tmp_path / "b").row(cell)
@@ -77,6 +80,61 @@ def test_a_scaled_budget_is_that_of_runs_in_a_folder_of_their_own(bench, tmp_pat
     assert (model.recipe.name, model.calls) == ("k2_m1_x2", 2 * bench.calls)
     assert model.checkpoint == tmp_path / "budget_x2"
     assert bench.scaled(2).pairs == {2: (32, "bosh3")}
+
+
+def test_a_distillation_takes_the_seconds_of_its_own_part_of_the_reflow(bench, tmp_path, monkeypatch):
+    spent = collections.Counter()
+
+    def run(runs, folder, name, seed, options, *, is_done):
+        if not is_done:
+            spent[name] += 1
+            (folder / "2_rf" / "checkpoints" / str(options["training.n_iters"])).mkdir(parents=True)
+        return spent[name]
+
+    monkeypatch.setattr(study.Study, "run", run)
+    monkeypatch.setattr(study.Study, "_pairs", lambda runs, *_: (tmp_path / "pairs", 96, 10))
+    runs = study.Study(bench, tmp_path)
+    whole = runs.model(Recipe(2), 0)
+    start = runs._reflowed(Recipe(2, m=1), 0, whole=False)
+    assert (start.updates, start.seconds) == (bench.reflow, 10 + 1)
+    assert (whole.calls, whole.seconds) == (bench.calls, 10 + 2)
+
+
+def test_a_run_that_is_stopped_keeps_its_seconds(bench, tmp_path, monkeypatch):
+    def stopped(config, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("run_lib.train", stopped)
+    runs = study.Study(bench, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(tmp_path, "2_rf", 0, {}, is_done=False)
+    assert runs.run(tmp_path, "2_rf", 0, {}, is_done=True) > 0
+
+
+def test_a_row_of_another_teacher_is_made_again_and_not_verified(bench, tmp_path, monkeypatch):
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["study.py", "digits", "--workdir", str(tmp_path), *arguments])
+        study.main()
+
+    monkeypatch.chdir(tmp_path)  # which the script leaves
+    cell, made = "k4_m1/euler_4/seed_0", []
+    rows = [{"bench": "digits", "cell": cell, "teacher": "0f"}]
+    monkeypatch.setattr(study, "read_rows", lambda: rows)
+    monkeypatch.setattr(study, "append_row", made.append)
+    monkeypatch.setattr(study.Study, "row", lambda runs, cell: dict.fromkeys(study.FIGURES, 0.0) | {"cell": cell.id})
+    main("--only", cell, "--teacher", bench.teacher)
+    assert [row["cell"] for row in made] == [cell]
+    with pytest.raises(SystemExit, match=r"error: no row of .* is of the cell 'k4_m1/euler_4/seed_0'"):
+        main("--verify", cell, "--teacher", bench.teacher)
+    rows[0]["teacher"] = study.Study(bench, tmp_path).teacher[1]
+    main("--only", cell, "--teacher", bench.teacher)
+    assert len(made) == 1
+
+
+def test_the_page_trains_nothing_for_its_picture(bench, tmp_path, monkeypatch):
+    cells = {("k2_m1", "euler", 2): [{"cell": Cell(Recipe(2, m=1), 2, 0).id}]}
+    study_page.draw_samples(bench, cells, tmp_path, tmp_path / "samples.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_survive_a_line_cut_short(tmp_path):
