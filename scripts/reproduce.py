@@ -33,6 +33,8 @@ def main() -> int:
         sys.exit(f"error: {options.metrics} has no whole entry 'provenance': it is of no evaluation, or an old one")
     record = entry["provenance"]
     folder = (options.to or Path(tempfile.mkdtemp(prefix="seqrf-reproduce-"))).absolute()
+    if any(folder.glob("step_*")):  # which would not be measured again
+        sys.exit(f"error: {folder} holds results already; give --to a new folder")
     checkpoint = options.checkpoint and os.path.abspath(options.checkpoint)
     _as_many_devices(record)
     import runtime
@@ -65,6 +67,8 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
     Raises:
       InputError: the entry's settings, or what they name, cannot be read.
     """
+    from etils import epath
+
     import run_lib
     import utils
     from configs.stored import config_from
@@ -78,7 +82,9 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
     os.environ.setdefault("WANDB_MODE", "disabled")
     if os.path.isdir(record["folder"]):
         os.chdir(record["folder"])  # relative paths in the settings are meant from there
-    run_lib.evaluate(config, record["workdir"], os.fspath(folder))
+    workdir = epath.Path(record["workdir"])
+    workdir = workdir if workdir.is_dir() else epath.Path(folder)  # on another machine
+    run_lib.evaluate(config, workdir, os.fspath(folder))
     return utils.read_json(folder / f"step_{entry['step']}" / "metrics.json", {})
 
 

@@ -59,6 +59,8 @@ def test_figures_are_measured_again_bit_for_bit(measured, tmp_path, monkeypatch,
     assert record["weights"] == entry["settings"]["weights"]
     assert record["seconds"] > 0
     assert record["images_per_second"] == pytest.approx(1000 / entry["seconds_per_1000"])
+    status, _ = reproduce(monkeypatch, capsys, measured, "--to", tmp_path / "again")
+    assert "again holds results already" in status
 
 
 def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
@@ -66,12 +68,14 @@ def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
     entry["straightness"] *= 1 + 1e-9
     entry["provenance"]["versions"]["jax"] = "0.1"
     entry["provenance"]["config"]["training"]["import_flax"] = "moved.safetensors"
+    entry["provenance"]["workdir"] = str(tmp_path / "other machine" / "run")
     (tmp_path / "metrics.json").write_text(json.dumps(entry))
     monkeypatch.chdir(tmp_path)
     moved = measured.parents[3] / "tiny.safetensors"
     status, said = reproduce(monkeypatch, capsys, tmp_path / "metrics.json", "--checkpoint", moved)
     assert status == 1
     assert [line.split()[0] for line in said.splitlines() if line.endswith("DIFFERS")] == ["straightness"]
+    assert not (tmp_path / "other machine").exists()
     assert f"versions.jax: then 0.1, now {jax.__version__}" in said
 
 
