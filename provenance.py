@@ -33,9 +33,9 @@ def of_process(config: dict[str, Any]) -> dict[str, Any]:
       'command', 'folder' (where it was given), 'config', 'seed', 'commit' and 'dirty' (None outside a clone),
       'versions', and the machine: 'device', 'devices' and 'processes' of the whole job, and 'cpu'.
     """
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    script = [os.path.relpath(sys.argv[0])] if sys.argv[0] else []  # none at Python's prompt
     return {
-        "command": command,
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "folder": os.getcwd(),
         "config": config,
         "seed": config["seed"],

@@ -1,6 +1,7 @@
 """The jobs of main.py: each mode checks its configuration, sets the process up and hands over to a module of `jobs`."""
 
 import os
+import re
 
 import jax
 from etils import epath
@@ -45,7 +46,8 @@ def sample(config: Config, workdir: epath.PathLike, eval_folder: str) -> None:
 def _check_folder(eval_folder: str) -> None:
     """Raises InputError where results would lie among what other jobs write."""
     first = os.path.normpath(eval_folder).split(os.sep)[0]
-    if first in {"samples", "wandb", *(stage.folder for stage in STAGES.values())}:
+    is_many_step = re.fullmatch(rf"{STAGES['distill'].folder}_\d+", first)
+    if is_many_step or first in {"samples", "wandb", *(stage.folder for stage in STAGES.values())}:
         raise InputError(
             f"--eval_folder={eval_folder}: other jobs write into {first}; choose another name, such as eval"
         )

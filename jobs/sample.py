@@ -7,7 +7,7 @@ import models
 import sample_files
 import sources
 from configs.check import check_steps
-from jobs.parts import Config, sampler_of
+from jobs.parts import Config, sampler_of, sampling_settings
 from jobs.stages import stage_of
 
 
@@ -33,7 +33,7 @@ def sample_checkpoint(config: Config, workdir: epath.Path, eval_folder: str) -> 
         "step": int(weights.step),
         "weights": checkpoints.fingerprint(params),
         "boundaries": boundaries.tolist(),
-        "sampling": config.sampling.to_dict() | {"num_scales": config.model.num_scales},
+        "sampling": sampling_settings(config),
     }
     wanted = sample_files.Wanted(**config.sample)
     sample_files.write_samples(workdir / eval_folder, sampler, params, wanted, centered=centered, about=about)

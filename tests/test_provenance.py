@@ -23,6 +23,11 @@ def test_the_record_names_code_libraries_and_machine():
         assert record["commit"] == head.stdout.strip()
 
 
+def test_there_is_a_record_at_pythons_prompt(monkeypatch):
+    monkeypatch.setattr("sys.argv", [""])
+    assert provenance.of_process({"seed": 7})["command"] == "python"
+
+
 def test_code_that_is_changed_or_added_is_dirty_and_code_without_a_clone_has_no_commit(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]

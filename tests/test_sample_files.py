@@ -115,7 +115,7 @@ def test_settings_that_cannot_work_are_refused(workdir, tmp_path):
         run_lib.sample(config, workdir, "refused")
     with pytest.raises(InputError, match="no checkpoint to evaluate"):
         run_lib.sample(sample_config(), tmp_path, "refused")
-    for folder in ("samples", "2_rf/new"):
+    for folder in ("samples", "2_rf/new", "2_distill_4"):
         with pytest.raises(InputError, match=rf"--eval_folder={folder}: other jobs write into"):
             run_lib.sample(sample_config(), workdir, folder)
 
