@@ -65,7 +65,7 @@ def terminal_logging() -> Iterator[None]:
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.raiseExceptions = False  # of wandb's own log, on a disk that is full
-    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+    sys.unraisablehook = _without_late_errors(sys.unraisablehook)
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
     logger.setLevel(logging.INFO)
@@ -235,11 +235,12 @@ def _cluster() -> Any:
     return next((cluster for cluster in known if cluster.is_env_present()), None)
 
 
-def _without_closed_loops(hook):
-    """`hook` for errors that nobody can catch, without those of writes that end after the first of them has failed."""
+def _without_late_errors(hook):
+    """`hook` for errors that nobody can catch, without those of writes, and of wandb, after a failure that was told."""
 
     def reported(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        error = unraisable.exc_value
+        if str(error) != "Event loop is closed" and not isinstance(error, ConnectionError):
             hook(unraisable)
 
     return reported

@@ -6,6 +6,7 @@ import logging
 import math
 import netrc
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Tracker:
             return
         values = {name: _plain(value) for name, value in values.items()}
         self._lines.setdefault(step, {"step": step}).update(values)
-        self._wandb.log({self._prefix + name: value for name, value in values.items()}, step=step)
+        self._tell_wandb(lambda run: run.log({self._prefix + name: value for name, value in values.items()}, step=step))
         shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
         logger.info("%supdate %d: %s", self._prefix, step, shown)
 
@@ -90,12 +91,13 @@ class Tracker:
         if self._primary:
             import wandb
 
-            self._wandb.log({self._prefix + name: wandb.Image(os.fspath(path))}, step=step)
+            self._tell_wandb(lambda run: run.log({self._prefix + name: wandb.Image(os.fspath(path))}, step=step))
 
     def record(self, values: dict[str, Any]) -> None:
         """Keeps in wandb's configuration of the run what its numbers depend on, `provenance` by its prefix."""
         if self._primary:
-            self._wandb.config.update({f"{self._prefix}provenance": values}, allow_val_change=True)
+            named = {f"{self._prefix}provenance": values}
+            self._tell_wandb(lambda run: run.config.update(named, allow_val_change=True))
 
     def flush(self) -> None:
         """Writes `<folder>/metrics.json`: `history`."""
@@ -107,7 +109,20 @@ class Tracker:
         if self._primary:
             for part in (self, *self._branches):
                 part.flush()
-            self._wandb.finish()
+            self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, send: Callable[[Any], None]) -> None:
+        """Calls `send` with the wandb run, whose loss is no reason to end.
+
+        It lives in a process of its own, which Slurm and systemd end together with ours, by the same SIGTERM.
+        """
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            logger.warning("wandb has ended (%r): from here on numbers are in %s alone", error, self._path)
 
 
 def _plain(value):

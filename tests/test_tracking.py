@@ -79,3 +79,22 @@ def test_other_hosts_write_nothing(tmp_path):
     run.log(1, {"loss": 1.0})
     run.close()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_without_wandbs_process(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking.logger, "propagate", True)
+    run = tracker(tmp_path)
+    run.log(1, {"loss": 1.0})
+
+    def lost(*_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    run._wandb.finish()
+    monkeypatch.setattr(run._wandb, "log", lost)
+    for step in (2, 3):
+        run.log(step, {"loss": 1.0 / step})
+    run.record({"commit": "a"})
+    run.close()
+    lines = json.loads((tmp_path / "stage" / "metrics.json").read_text())
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert caplog.text.count("wandb has ended (ConnectionResetError('Connection lost'))") == 1
