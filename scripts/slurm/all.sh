@@ -1,16 +1,20 @@
 #!/bin/bash
 # Every job of k-SeqRF as a chain of Slurm jobs, each of which waits until the one before has ended well:
 #
-#     NDIV=4 WORKDIR=/scratch/$USER/cifar10 bash scripts/slurm/all.sh
+#     NDIV=4 WORKDIR=/scratch/$USER/cifar10 bash scripts/slurm/all.sh [--config.SETTING=VALUE ...]
+#     SBATCH="--nodes=1 --gpus-per-node=2 --ntasks-per-node=2" ...       # other machines than job.sbatch asks for
 #
-# Read it and change it. Not run here.
+# Read it and change it. A job that fails takes those after it out of the queue; one that is preempted keeps them waiting.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-CONFIG=configs/rf/cifar10_rf_continuous.py
+CONFIG=${CONFIG:-configs/rf/cifar10_rf_continuous.py}
 WORKDIR=${WORKDIR:?a folder that all nodes see}
 PAIRS=${PAIRS:-}  # a folder on another disk for the pairs, in the place of samples/reflow_batch
 NDIV=${NDIV:-4}
+TRAIN=${TRAIN:-512} EVAL=${EVAL:-2048}  # batch sizes, over all nodes
+read -ra options <<< "${SBATCH:-}"
+settings=("$@")
 before=""
 
 if [ -n "$PAIRS" ]; then
@@ -19,17 +23,17 @@ if [ -n "$PAIRS" ]; then
 fi
 
 submit() {
-    before=$(sbatch --parsable ${before:+--dependency=afterok:$before} scripts/slurm/job.sbatch --config=$CONFIG \
-        --workdir="$WORKDIR" --config.training.reflow_t="$NDIV" --config.training.batch_size=512 \
-        --config.eval.batch_size=2048 "$@")
+    before=$(sbatch --parsable --kill-on-invalid-dep=yes ${before:+--dependency=afterok:$before} "${options[@]}" \
+        scripts/slurm/job.sbatch --config="$CONFIG" --workdir="$WORKDIR" --config.training.reflow_t="$NDIV" \
+        --config.training.batch_size="$TRAIN" --config.eval.batch_size="$EVAL" "$@" "${settings[@]}")
 }
 
-trained="--config.training.n_iters=100001 --config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False"
-fixed="--config.sampling.method=pc --config.model.num_scales=$NDIV"
+trained=(--config.training.n_iters=100001 --config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False)
+fixed=(--config.sampling.method=pc --config.model.num_scales="$NDIV")
 
 submit --mode=train --config.model.rf_phase=1
 submit --mode=train --config.training.reflow_mode=gen_reflow --config.sampling.tol=1e-4
-submit --mode=train --config.training.reflow_mode=train_reflow $trained
-submit --mode=train --config.training.reflow_mode=train_distill $trained $fixed
-submit --mode=eval --eval_folder=distilled --config.eval.reflow_mode=eval_distill $fixed
+submit --mode=train --config.training.reflow_mode=train_reflow "${trained[@]}"
+submit --mode=train --config.training.reflow_mode=train_distill "${trained[@]}" "${fixed[@]}"
+submit --mode=eval --eval_folder=distilled --config.eval.reflow_mode=eval_distill "${fixed[@]}"
 echo "submitted, the last one is $before"
