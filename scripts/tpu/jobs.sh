@@ -3,11 +3,11 @@
 #
 #     bash scripts/tpu/jobs.sh [JOB ...]       jobs: rf pairs reflow distill evaluate; without one, all of them
 #
-# Read it and change it. Not run here: there was no TPU.
+# Read it and change it. A job that fails or is preempted ends it; the same command resumes there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-CONFIG=configs/rf/cifar10_rf_continuous.py
+CONFIG=${CONFIG:-configs/rf/cifar10_rf_continuous.py}
 WORKDIR=${WORKDIR:-gs://YOUR_BUCKET/cifar10}  # or a folder on a disk; several hosts need one that all of them see
 PAIRS=${PAIRS:-}                              # a folder on an attached disk for the pairs; only for a WORKDIR on a disk
 NDIV=${NDIV:-4}                               # k, the number of segments
@@ -20,7 +20,7 @@ if [ -n "$PAIRS" ]; then  # the attached disk, in the place of samples/reflow_ba
 fi
 
 run() {
-    python main.py --config=$CONFIG --workdir="$WORKDIR" --config.training.reflow_t="$NDIV" \
+    python main.py --config="$CONFIG" --workdir="$WORKDIR" --config.training.reflow_t="$NDIV" \
         --config.training.batch_size="$TRAIN" --config.eval.batch_size="$EVAL" "$@"
 }
 

@@ -3,12 +3,13 @@
 #
 #     NAME=seqrf ZONE=europe-west4-a bash scripts/tpu/pod.sh reflow distill
 #
-# WORKDIR, NDIV, TRAIN and EVAL are passed on. After a preemption the same command resumes. Not run here.
+# CONFIG, WORKDIR, PAIRS, NDIV, TRAIN and EVAL are passed on. After a preemption the same command resumes. Start it in
+# tmux: a lost connection can end the jobs. Run with gcloud replaced by a script; there was no TPU.
 set -euo pipefail
 
 NAME=${NAME:-seqrf} ZONE=${ZONE:-europe-west4-a}
 SETTINGS=""
-for name in WORKDIR PAIRS NDIV TRAIN EVAL; do
+for name in CONFIG WORKDIR PAIRS NDIV TRAIN EVAL; do
     [ -z "${!name:-}" ] || SETTINGS+="$name=$(printf %q "${!name}") "
 done
 
