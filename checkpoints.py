@@ -20,16 +20,19 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 
 import exported
 import losses
 import models
 import segments
-from utils import InputError, disk_error, is_local, os_errors, read_json, write_json
+from utils import InputError, absolute, disk_error, is_local, os_errors, read_json, write_json
 
 logger = logging.getLogger("seqrf")
 
 _SETTINGS = "run.json"
+# A lost bucket is called for 15 s, as by runtime.BUCKET_SETTINGS; else for a quarter of an hour. Orbax has no option.
+ts_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = {"max_retries": 4}
 _DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
 
 
@@ -88,8 +91,9 @@ class RunCheckpoints:
           keep_snapshots: the latest so many are kept, earlier ones removed as new ones are saved; 0: all.
         """
         self._folder = epath.Path(stage_folder)
-        self._snapshots = _manager(self._folder / "checkpoints", max_to_keep=keep_snapshots or None)
-        self._latest = _manager(self._folder / "checkpoints-meta", max_to_keep=1)
+        with self._named_disk_errors("opened"):
+            self._snapshots = _manager(self._folder / "checkpoints", max_to_keep=keep_snapshots or None)
+            self._latest = _manager(self._folder / "checkpoints-meta", max_to_keep=1)
 
     def save(self, state: Any, metadata: dict, *, keep: bool) -> None:
         """Saves an unreplicated `losses.TrainState`: as a snapshot, or (`keep=False`) as the one to resume from."""
@@ -124,15 +128,15 @@ class RunCheckpoints:
             )
 
     @contextlib.contextmanager
-    def _named_disk_errors(self):
+    def _named_disk_errors(self, action="saved"):
         try:
             yield
         except Exception as error:
             if isinstance(error, InputError) or (cause := disk_error(error)) is None:
                 raise
             raise InputError(
-                f"a checkpoint could not be saved in {self._folder}: {cause.strerror}; those before it are complete: "
-                "when it can be written again, the same command resumes from the last one"
+                f"a checkpoint could not be {action} in {self._folder}: {cause.strerror}; those before it are "
+                "complete: when it can be written again, the same command resumes from the last one"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -178,18 +182,12 @@ class RunCheckpoints:
 
 def _manager(folder, max_to_keep):
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=jax.process_index() == 0)
-    return ocp.CheckpointManager(_absolute(folder), options=options)
-
-
-def _absolute(path):
-    """`path` as orbax requires it. `absolute` would put a remote path below the current folder."""
-    path = epath.Path(path)
-    return path.absolute() if is_local(path) else path
+    return ocp.CheckpointManager(absolute(folder), options=options)
 
 
 def _read_state(folder) -> dict:
     """The state of one checkpoint folder as nested dicts of NumPy arrays."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     with exported.damage_named(f"{folder}: {_DAMAGED}"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
         # Orbax writes nothing for empty trees: clipping has no state, and most runs have one EMA.
@@ -199,17 +197,19 @@ def _read_state(folder) -> dict:
 
 
 def _folder_metadata(folder) -> dict:
-    folder = _absolute(folder)
+    folder = absolute(folder)
     with exported.damage_named(f"{folder}: {_DAMAGED}"):
         return exported.checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
 
 
 def steps_in(stage_folder: epath.PathLike) -> list[int]:
-    """The steps of a stage's snapshots, ascending; empty if there is none."""
+    """The steps of a stage's complete snapshots, ascending; empty if there is none."""
     folder = epath.Path(stage_folder) / "checkpoints"
-    if not folder.is_dir():
+    if not folder.exists():  # is_dir is False for whatever fails in a bucket
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    # On a disk a step has its name when it is complete; in a bucket, which cannot rename, it is marked so.
+    return sorted(int(entry.name) for entry in found if is_local(entry) or ocp.utils.is_checkpoint_finalized(entry))
 
 
 def write_settings(stage_folder: epath.PathLike, config: ml_collections.ConfigDict) -> None:

@@ -6,6 +6,7 @@ and nothing is allocated before it is checked. The format is in docs/method.md, 
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from etils import epath
 
 import models
 import segments
-from utils import InputError, atomic_path, is_local, write_json
+from utils import InputError, atomic_path, disk_error, is_local, write_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TREES = ("params", "ema_params", "mu", "nu")
@@ -192,10 +193,15 @@ def checked_metadata(metadata: dict) -> dict:
 
 @contextlib.contextmanager
 def damage_named(what: str) -> Iterator[None]:
-    """Turns whatever reading a damaged or foreign file raises inside the block into InputError, in one line."""
+    """Turns whatever reading a damaged or foreign file raises inside the block into InputError, in one line.
+
+    A bucket that cannot be reached or read stays the OSError of it: nothing is damaged.
+    """
     try:
         yield
     except Exception as error:
+        if (cause := disk_error(error)) is not None and cause.errno in (errno.EREMOTEIO, errno.EACCES):
+            raise cause from error
         # orbax, tensorstore, safetensors and the JSON reader raise exceptions of many types for damaged files.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{what}: {reason[:200]}") from error

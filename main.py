@@ -1,6 +1,5 @@
 """Sequential rectified flow from the command line; README.md lists the jobs."""
 
-import errno
 import sys
 
 from absl import app, flags
@@ -57,9 +56,7 @@ def _run(config):
     except Exception as error:
         if (cause := disk_error(error)) is None:
             raise
-        # TensorFlow's message of a bucket has its name.
-        where = "" if cause.errno == errno.EREMOTEIO else f": {cause.filename or FLAGS.workdir}"
-        _end(f"{cause.strerror}{where}; the same command resumes from what is complete")
+        _end(f"{cause.filename or FLAGS.workdir}: {cause.strerror}; the same command resumes from what is complete")
 
 
 def _end(message):

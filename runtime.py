@@ -26,6 +26,13 @@ JOIN_SECONDS = 300
 # What collectives say when a host has gone: a status, then Gloo (CPU), NCCL (GPU) or the coordination service (all).
 LOST_HOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|[Pp]eer|heartbeat|unhealthy|[Cc]oordination)")
 HOST_SETTINGS: dict[str, Callable] = {"coordinator_address": str, "num_processes": int, "process_id": int}
+# A bucket that is lost ends a run within about a minute: 15 s of attempts a call, where TensorFlow makes them for four
+# minutes, and 5 s for a connection in place of two minutes. Of tensorstore checkpoints.py limits the attempts.
+BUCKET_SETTINGS = {
+    "GCS_RETRY_CONFIG_MAX_RETRIES": "4",
+    "GCS_REQUEST_CONNECTION_TIMEOUT_SECS": "5",
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "5",
+}
 # What TensorFlow's libraries write in every import: information, and that jax has registered the GPU's plugins already.
 STARTUP_MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::Init|I\d{4} |\S+ \S+: I |.*(factory for plugin|computation_placer)"
@@ -43,6 +50,8 @@ def set_environment(*, deterministic: bool = False, **hosts: str | int | None) -
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's C++ lines after its import: errors only
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `Preemption`
+    for name, value in BUCKET_SETTINGS.items():
+        os.environ.setdefault(name, value)
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     os.environ.update({f"JAX_{name.upper()}": str(value) for name, value in hosts.items() if value is not None})

@@ -90,8 +90,11 @@ class Tracker:
         """Shows a PNG file in wandb."""
         if self._primary:
             import wandb
+            from PIL import Image
 
-            self._tell_wandb(lambda run: run.log({self._prefix + name: wandb.Image(os.fspath(path))}, step=step))
+            with epath.Path(path).open("rb") as file:  # wandb opens no bucket
+                shown = wandb.Image(Image.open(file))
+            self._tell_wandb(lambda run: run.log({self._prefix + name: shown}, step=step))
 
     def record(self, values: dict[str, Any]) -> None:
         """Keeps in wandb's configuration of the run what its numbers depend on, `provenance` by its prefix."""
@@ -149,7 +152,7 @@ def _wandb_run(workdir, name, config):
     if mode != "disabled":
         local.mkdir(parents=True, exist_ok=True)
     # Of the workdir too: runs of the same name in two workdirs are two wandb runs.
-    identity = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:16]
+    identity = hashlib.sha256(f"{utils.absolute(folder)} {name}".encode()).hexdigest()[:16]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
     arguments = {"project": "seqrf", "name": name, "id": identity, "resume": "allow", "config": config}
     arguments["dir"] = os.fspath(local)

@@ -25,7 +25,18 @@ DISK_ERRORS = (
 )  # fmt: skip
 # Tensorstore's messages: of a disk with the error's number, of a bucket beginning with a status.
 _STORE_NUMBER = re.compile(r"os_error_code='(\d+)'")
-_STORE_STATUS = re.compile(r"(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED): ")
+_STORE_STATUS = re.compile(
+    r"(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED): |NOT_FOUND: .*(googleapis|gs:)"
+)
+# Where errors of Google's client come from, by which orbax asks for the layout of a bucket.
+_CLIENT_MODULES = ("google.auth", "google.api_core", "google.cloud", "requests")
+_NO_ACCESS = re.compile(r"response code 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|^40[13] |credentials|does not have")
+# In answers of Google, of curl by TensorFlow, of curl by tensorstore.
+_REASON = re.compile(r'"message": "([^"]+)|error details: (.+)|attempts failed: ([^[]+)')
+_ACCESS = (
+    "give this machine credentials that may read, write and get the bucket (gcloud auth application-default login, or "
+    "GOOGLE_APPLICATION_CREDENTIALS; roles/storage.admin)"
+)
 
 
 class InputError(ValueError):
@@ -35,6 +46,12 @@ class InputError(ValueError):
 def is_local(path: epath.PathLike) -> bool:
     """Whether the path is on a mounted disk, rather than in an object store (gs://...)."""
     return "://" not in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The absolute path; epath's own `absolute` would put a bucket's below the current folder."""
+    path = epath.Path(path)
+    return path.absolute() if is_local(path) else path
 
 
 @contextlib.contextmanager
@@ -54,7 +71,16 @@ def _remote_error(error: BaseException) -> OSError | None:
     if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
         return None
     kind, number = REMOTE_ERRORS.get(type(error).__name__, (OSError, errno.EREMOTEIO))
-    return kind(number, str(error).splitlines()[0])
+    return kind(number, _bucket_reason(error))
+
+
+def _bucket_reason(error: BaseException) -> str:
+    """One line of a bucket's error."""
+    text = str(error) or type(error).__name__
+    reason = (found[found.lastindex or 0] if (found := _REASON.search(text)) else text.splitlines()[0])[:200].strip(
+        " ."
+    )
+    return f"{reason}; {_ACCESS}" if _NO_ACCESS.search(text) else reason
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
@@ -66,8 +92,9 @@ def disk_error(error: BaseException | None) -> OSError | None:
             return remote
         if type(error) is ValueError and (number := _STORE_NUMBER.search(str(error))):
             return OSError(int(number[1]), os.strerror(int(number[1])))
-        if type(error) is ValueError and _STORE_STATUS.match(str(error)):
-            return OSError(errno.EREMOTEIO, str(error).splitlines()[0][:200])
+        is_store = type(error) is ValueError and _STORE_STATUS.match(str(error))
+        if is_store or type(error).__module__.startswith(_CLIENT_MODULES):
+            return OSError(errno.EREMOTEIO, _bucket_reason(error))
         error = error.__cause__ or error.__context__
     return None
 
@@ -81,6 +108,7 @@ def check_writable(*folders: epath.PathLike) -> None:
     for folder in map(epath.Path, folders):
         try:
             with os_errors():
+                _check_bucket(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 probe = folder / f".writable.{uuid.uuid4().hex[:8]}.tmp"
                 try:
@@ -89,6 +117,13 @@ def check_writable(*folders: epath.PathLike) -> None:
                     probe.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror or error}; use another folder") from error
+
+
+def _check_bucket(path: epath.Path):
+    """TensorFlow looks for the parents of a folder in a bucket that does not exist, for ever."""
+    bucket = "/".join(os.fspath(path).split("/")[:3])
+    if not is_local(path) and not epath.Path(bucket).exists():
+        raise FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket}")
 
 
 @contextlib.contextmanager

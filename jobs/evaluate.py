@@ -74,7 +74,7 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
             sampler = sampler_over(*sources.evaluated_boundaries(config, workdir, source).tolist())
             references = {"truncation_error": _reference(config, sampler, params)} | judged_by
             origin = {
-                "workdir": os.fspath(workdir.absolute()),
+                "workdir": os.fspath(utils.absolute(workdir)),
                 "checkpoint": source.name,
                 "pairs": _pair_sets(workdir, source),
             }
@@ -212,7 +212,7 @@ def _pair_sets(workdir, source: sources.CheckpointRef) -> dict[str, str]:
     if source.metadata.get("teacher") is None:
         return {}
     folders = sources.PAIRS, sources.TRAJECTORIES
-    return provenance.file_hashes(workdir.absolute() / folder / pairmanifest.MANIFEST for folder in folders)
+    return provenance.file_hashes(utils.absolute(workdir) / folder / pairmanifest.MANIFEST for folder in folders)
 
 
 def _protocol(config, sampler: Sampler, real: real_data.RealData) -> evaluation.Protocol:

@@ -320,6 +320,29 @@ def test_a_bucket_is_no_folder_of_this_machine(tmp_path, monkeypatch):
     assert str(checkpoints._manager("run", max_to_keep=1).directory) == str(tmp_path / "run")
 
 
+def test_a_snapshot_in_a_bucket_counts_when_it_is_complete(tmp_path, monkeypatch):
+    mount_bucket(monkeypatch, tmp_path)
+    for step in (10, 20):
+        (tmp_path / "1_rf" / "checkpoints" / str(step)).mkdir(parents=True)
+    (tmp_path / "1_rf" / "checkpoints" / "10" / "commit_success.txt").touch()
+    assert checkpoints.steps_in("gs://bucket/1_rf") == [10]
+    assert checkpoints.steps_in("gs://bucket/2_rf") == []
+
+
+def test_a_bucket_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
+    def refused(directory, options):
+        raise type("Forbidden", (Exception,), {"__module__": "google.api_core.exceptions"})("403 GET: no access")
+
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManager", refused)
+    with pytest.raises(InputError, match=r"opened in .*1_rf: 403 GET: no access; give this machine credentials"):
+        checkpoints.RunCheckpoints(tmp_path / "1_rf")
+
+
+def test_tensorstore_gives_a_bucket_up():
+    spec = checkpoints.ts_utils.get_ts_context(use_ocdbt=True).spec.to_json()
+    assert spec["gcs_request_retries"] == {"max_retries": 4}
+
+
 def test_fingerprint_tells_weights_apart():
     params = {"a": jax.numpy.ones((2, 3)), "b": {"c": jax.numpy.zeros(4)}}
     same = {"b": {"c": np.zeros(4, np.float32)}, "a": np.ones((2, 3), np.float32)}

@@ -260,3 +260,10 @@ def test_the_script_refuses_in_one_line(folder, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bucket_that_cannot_be_reached_is_no_damage():
+    with pytest.raises(OSError, match="refused"), exported.damage_named("gs://bucket/x: corrupt"):
+        raise ValueError("UNAVAILABLE: Error reading gs://bucket/x: refused")
+    with pytest.raises(InputError, match="corrupt: truncated"), exported.damage_named("gs://bucket/x: corrupt"):
+        raise ValueError("truncated")

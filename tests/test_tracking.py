@@ -3,6 +3,9 @@
 import json
 
 import numpy as np
+import pytest
+from pair_maker import mount_bucket
+from PIL import Image
 
 import tracking
 
@@ -62,6 +65,19 @@ def test_branches_share_a_wandb_run_and_keep_files_of_their_own(tmp_path):
     for folder, fid in (("stage", 2.0), ("other", 3.0)):
         assert json.loads((tmp_path / folder / "metrics.json").read_text()) == [{"step": 1, "fid": fid}]
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_a_picture_in_a_bucket_reaches_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    mount_bucket(monkeypatch, tmp_path)
+    Image.new("L", (5, 4)).save(tmp_path / "drawn.png")
+    run = tracker(tmp_path)
+    run.picture(1, "samples", "gs://bucket/drawn.png")
+    run.close()
+    (kept,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png")
+    with Image.open(kept) as image:
+        assert image.size == (5, 4)
 
 
 def test_wandb_may_be_disabled(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import re
 import threading
 
 import numpy as np
@@ -120,6 +121,11 @@ def wrapped(error):
         return outer
 
 
+def google_error(module, message):
+    return type("Refused", (Exception,), {"__module__": module})(message)
+
+
+UNREACHED = "ABORTED: Error reading gs://b/x: All 4 retry attempts failed: CURL error: refused [curl_code='7']"
 STORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on device [os_error_code='28']"
 
 
@@ -130,6 +136,11 @@ STORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on
         (ValueError(STORE), errno.ENOSPC),
         (ValueError(STORE.replace("28", "122")), errno.EDQUOT),
         (ValueError("UNAVAILABLE: Error reading storage.googleapis.com"), errno.EREMOTEIO),
+        (ValueError(UNREACHED), errno.EREMOTEIO),
+        (ValueError("NOT_FOUND: Error writing gs://bucket/x: no bucket"), errno.EREMOTEIO),
+        (ValueError("NOT_FOUND: a key of a tree"), None),
+        (google_error("google.auth.exceptions", "no default credentials"), errno.EREMOTEIO),
+        (google_error("google.protobuf.message", "a bug"), None),
         (ValueError("RESOURCE_EXHAUSTED: of the device's memory"), None),
         (OSError(errno.ENOENT, "a bug"), None),
         (KeyError("x"), None),
@@ -139,6 +150,33 @@ def test_the_error_of_a_disk_is_found_however_it_is_wrapped(error, number):
     for each in (error, wrapped(error)):
         found = utils.disk_error(each)
         assert (found and found.errno) == number
+
+
+ANSWER = """Error executing an HTTP request: HTTP response code 403 with body '{
+ "error": {
+  "code": 403,
+  "message": "nobody does not have storage.objects.get access",
+'"""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError(UNREACHED), "CURL error: refused"),
+        (ValueError(f"PERMISSION_DENIED: {ANSWER}"), "nobody does not have .* access; give this machine credentials"),
+        (google_error("google.api_core.exceptions", "403 GET gs: no"), "403 GET gs: no; give this machine credentials"),
+        (google_error("requests.exceptions", ""), "Refused"),
+    ],
+)
+def test_what_a_bucket_says_is_one_line_with_a_remedy(error, reason):
+    assert re.fullmatch(f"{reason}[^{{}}]*", utils.disk_error(error).strerror)
+
+
+def test_a_bucket_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    mount_bucket(monkeypatch, tmp_path / "none")
+    with pytest.raises(InputError, match=r"gs://bucket/run cannot be written: there is no bucket gs://bucket;"):
+        utils.check_writable("gs://bucket/run")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
