@@ -63,10 +63,9 @@ class Verdict:
 def compare(first: list[Row], second: list[Row], figure: str) -> Verdict:
     """The verdict on the rows of two cells, over the seeds that both have; lower figures are better.
 
-    FID is compared only between rows of one feature network.
+    Rows are compared if their seed and feature network are the same: a cell may have been measured with several.
     """
-    same = ("seed", "features") if figure == "fid" else ("seed",)
-    values = [{tuple(row.get(name) for name in same): row[figure] for row in rows} for rows in (first, second)]
+    values = [{(row["seed"], row.get("features")): row[figure] for row in rows} for rows in (first, second)]
     by_seed = {key[0]: value - values[1][key] for key, value in values[0].items() if key in values[1]}
     differences = tuple(by_seed.values())
     if len(differences) < 2:
