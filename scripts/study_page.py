@@ -198,17 +198,20 @@ def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, (name, title) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
         for line, keys in series.items():
-            found = [cells[key] for key in keys if key in cells]
+            if not (found := [cells[key] for key in keys if key in cells]):
+                continue
             values = [latest(rows, name) for rows in found]
             spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
             places = [statistics.mean(latest(rows, x)) for rows in found]
             axis.errorbar(places, list(map(statistics.mean, values)), spreads, fmt="o-", ms=4, capsize=3, label=line)
         axis.set(xlabel=label, ylabel=title, yscale="log")
-        axis.set_xscale("log", base=2)
         if x == "nfe":
+            axis.set_xscale("log", base=2)
             axis.set_xticks(NFES, NFES)
+        else:
+            axis.locator_params("x", nbins=4)
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -247,8 +250,11 @@ def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
     calls = "N: network calls an image"
     draw_series(cells, summary_series(), "nfe", calls, PICTURES / f"{bench.name}_summary.png")
     draw_series(cells, nfe_series(), "nfe", calls, PICTURES / f"{bench.name}_nfe.png")
-    cost = "network calls to make the model, 4 calls an image"
-    draw_series(cells, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
+    first = {
+        key: [row for row in rows if row["seed"] == SEEDS[0]] for key, rows in cells.items()
+    }  # all budgets have it
+    cost = "network calls to make the model; 4 calls an image, one seed"
+    draw_series(first, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
     same = PICTURES / f"{bench.name}_samples.png"
     if workdir:
         draw_samples(bench, cells, workdir, same)
