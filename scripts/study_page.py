@@ -253,7 +253,7 @@ def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
     first = {
         key: [row for row in rows if row["seed"] == SEEDS[0]] for key, rows in cells.items()
     }  # all budgets have it
-    cost = "network calls to make the model; 4 calls an image, one seed"
+    cost = "network calls to make the model (seed 0, NFE 4)"
     draw_series(first, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
     same = PICTURES / f"{bench.name}_samples.png"
     if workdir:
