@@ -198,7 +198,7 @@ def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, (name, title) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
         for line, keys in series.items():
-            if not (found := [cells[key] for key in keys if key in cells]):
+            if not (found := [cells[key] for key in keys if cells.get(key)]):
                 continue
             values = [latest(rows, name) for rows in found]
             spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
@@ -250,9 +250,7 @@ def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
     calls = "N: network calls an image"
     draw_series(cells, summary_series(), "nfe", calls, PICTURES / f"{bench.name}_summary.png")
     draw_series(cells, nfe_series(), "nfe", calls, PICTURES / f"{bench.name}_nfe.png")
-    first = {
-        key: [row for row in rows if row["seed"] == SEEDS[0]] for key, rows in cells.items()
-    }  # all budgets have it
+    first = {key: [row for row in rows if row["seed"] == SEEDS[0]] for key, rows in cells.items()}
     cost = "network calls to make the model (seed 0, NFE 4)"
     draw_series(first, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
     same = PICTURES / f"{bench.name}_samples.png"
