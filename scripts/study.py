@@ -1,7 +1,7 @@
 """Which k, which recipe: trains and measures every cell of the study, one row of results/study.jsonl each.
 
     python scripts/study.py fashion_mnist_14                   # the bench, three seeds
-    python scripts/study.py digits --seeds 0                   # its quick form
+    python scripts/study.py digits                             # its quick form: half the budget, one seed
     python scripts/study.py digits --only k4_m1/euler_4/seed_0 # cells whose name contains this
     python scripts/study.py digits --verify k4_m1/euler_4/seed_0   # makes that row again and compares
 
@@ -401,7 +401,7 @@ def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", help="such as 0,1,2; default: the bench's")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--verify", metavar="CELL")
@@ -413,7 +413,8 @@ def main() -> None:
     )
     study = Study(bench, arguments.workdir.absolute() / bench.name)
     os.chdir(ROOT)  # the teacher's path is the same in every clone: it is compared when a run goes on
-    cells = all_cells(tuple(map(int, arguments.seeds.split(","))))
+    seeds = tuple(map(int, arguments.seeds.split(","))) if arguments.seeds else bench.seeds
+    cells = all_cells(seeds, screening=bench.screening)
     with runtime.terminal_logging():
         if arguments.verify:
             named = [cell for cell in cells if cell.id == arguments.verify]

@@ -22,7 +22,6 @@ from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, C
 
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
 ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
-SEEDS = (0, 1, 2)
 Row = dict[str, Any]
 Key = tuple[str, str, int]  # recipe, sampler, nfe
 Cells = dict[Key, list[Row]]  # the latest row last
@@ -54,9 +53,9 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """'better', 'worse', 'not settled', or 'n seeds so far'."""
+        """'better', 'worse', 'not settled', or 'n of 3 seeds'."""
         if len(self.differences) < 3:
-            return f"{len(self.differences)} of 3 seeds so far"
+            return f"{len(self.differences)} of 3 seeds"
         return ("better" if self.mean < 0 else "worse") if self.is_settled else "not settled"
 
 
@@ -89,59 +88,91 @@ def latest(rows: list[Row], figure: str) -> list[float]:
 
 
 def spread(values: list[float], form: str) -> str:
-    """'mean ± standard deviation', or the value where there is one."""
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{form}}"
+    """'mean ± standard deviation (number of values)', or '' where there is one."""
+    if len(values) < 2:
+        return ""
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}} ({len(values)})"
 
 
-def table(cells: Cells, figure: str, form: str) -> str:
-    """Markdown: recipes by calls, mean and spread over seeds."""
-    planned = list(dict.fromkeys((cell.recipe.name, cell.sampler) for cell in all_cells(SEEDS)))
-    names = sorted({(recipe, sampler) for recipe, sampler, _ in cells}, key=planned.index)
-    lines = ["| model | recipe | " + " | ".join(f"NFE {n}" for n in NFES) + " |", "|---" * (len(NFES) + 2) + "|"]
-    for recipe, sampler in names:
-        model = next(rows[0]["model"] for cell, rows in cells.items() if cell[:2] == (recipe, sampler))
-        found = [latest(cells.get((recipe, sampler, n), []), figure) for n in NFES]
-        values = [spread(values, form) if values else "" for values in found]
-        name = recipe + ("" if sampler == "euler" else f", {sampler}")
-        lines.append(f"| {model} | `{name}` | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+def table(cells: Cells, nfe: int, first_seed: int) -> str:
+    """Markdown: what makes an image in `nfe` calls, the best FID of the first seed first."""
+    titles = ("model", "recipe", "FID", "RMS", "truncation", "updates", "FID, seeds", "RMS, seeds")
+    lines = []
+    for (recipe, sampler, calls), rows in cells.items():
+        if calls != nfe or not (of_first := [row for row in rows if row["seed"] == first_seed]):
+            continue
+        row, name = of_first[-1], recipe + ("" if sampler == "euler" else f", {sampler}")
+        mark = "" if row.get("features") else "*"
+        figures = f"{row['fid']:.3f}{mark} | {row['rms_to_teacher']:.4f} | {row['truncation_error']:.4f}"
+        spreads = f"{spread(latest(rows, 'fid'), '.3f')} | {spread(latest(rows, 'rms_to_teacher'), '.4f')}"
+        line = f"| {row['model']} | `{name}` | {figures} | {row['updates'] or ''} | {spreads} |"
+        lines.append((row["fid"], line))
+    header = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
+    return header + "\n".join(line for _, line in sorted(lines))
 
 
-def questions() -> list[tuple[str, Recipe, Recipe, int]]:
+Question = tuple[str, Recipe, Recipe, int]
+
+
+def questions() -> list[Question]:
     """(question, first, second, calls): the pairs of cells that a verdict is given on."""
+    return [*_segments_or_steps(), *_on_policy(), *_ways_to_four_calls(), *_elements()]
+
+
+def _segments_or_steps() -> list[Question]:
+    """k segments of one step, or plain reflow distilled to k steps, with the same of everything else."""
+    asked = []
+    for elements in ((), ("huber",), ("huber", "cosine")):
+        for n in (4,) if elements else (2, 4, 8):
+            name = f"{n} segments against {n}-step distillation of plain reflow"
+            name += f", both with {_named(elements)}" if elements else ""
+            asked.append((name, Recipe(n, m=1, elements=elements), Recipe(1, m=n, elements=elements), n))
+    return asked
+
+
+def _on_policy() -> list[Question]:
     asked = []
     for n in (2, 4, 8):
-        off, on = (f"{n} segments against {n}-step distillation of plain reflow", "the same, both on policy")
-        asked.append((off, Recipe(n, m=1), Recipe(1, m=n), n))
-        asked.append((on, Recipe(n, m=1, on_policy=True), Recipe(1, m=n, on_policy=True), n))
-        asked.append((f"{n} segments, on against off policy", Recipe(n, m=1, on_policy=True), Recipe(n, m=1), n))
-        asked.append(
-            (f"{n} segments, on policy from the teacher at once, against reflow and distillation",
-             Recipe(n, m=1, on_policy=True, direct=True), Recipe(n, m=1), n)
-        )  # fmt: skip
-    asked.append(
-        (
-            "4 segments from the teacher at once, against by way of reflow",
-            Recipe(4, m=1, direct=True),
-            Recipe(4, m=1),
-            4,
-        )
-    )
-    asked.append(("SeqRF-Ada against uniform boundaries", Recipe(4, m=1, adaptive=True), Recipe(4, m=1), 4))
-    asked.append(("2 segments of 2 steps against 4 of 1", Recipe(2, m=2), Recipe(4, m=1), 4))
-    huber = {k: Recipe(k, m=4 // k, elements=("huber",)) for k in (1, 4)}
-    asked.append(("4 segments against 4-step distillation of plain reflow, both with `huber`", huber[4], huber[1], 4))
-    alone: list[tuple[str, ...]] = [(name,) for name in (*ELEMENTS, *PAIR_ELEMENTS)]
-    for elements in (*alone, ("huber", "cosine")):
-        for k in (1, 4):
-            plain = Recipe(k, m=4 // k)
-            named = " and ".join(f"`{name}`" for name in elements)
-            asked.append((f"{named}, k = {k}", dataclasses.replace(plain, elements=elements), plain, 4))
-    for k, recipe in huber.items():
-        on_policy = dataclasses.replace(recipe, on_policy=True)
-        asked.append((f"`huber`, k = {k}, on against off policy", on_policy, recipe, 4))
+        off, on = (
+            {k: Recipe(k, m=n // k, on_policy=policy) for k in (1, n)} for policy in (False, True)
+        )  # k of plain reflow, of n segments
+        direct = dataclasses.replace(on[n], direct=True)
+        asked.append((f"{n} segments against {n}-step distillation, both on policy", on[n], on[1], n))
+        asked += [(f"on against off policy, k = {k}", on[k], off[k], n) for k in (1, n)]
+        asked.append((f"{n} segments on policy: from the teacher against by way of reflow", direct, on[n], n))
+    for k in (1, 4):
+        huber = {policy: Recipe(k, m=4 // k, on_policy=policy, elements=("huber",)) for policy in (True, False)}
+        asked.append((f"`huber`, k = {k}, on against off policy", huber[True], huber[False], 4))
     return asked
+
+
+def _ways_to_four_calls() -> list[Question]:
+    plain = Recipe(4, m=1)
+    asked = {
+        "4 segments from the teacher, against by way of reflow": dataclasses.replace(plain, direct=True),
+        "SeqRF-Ada against uniform boundaries": dataclasses.replace(plain, adaptive=True),
+        "2 segments of 2 steps against 4 of 1": Recipe(2, m=2),
+        "4 segments with half the budget": dataclasses.replace(plain, scale=0.5),
+        "4 segments with twice the budget": dataclasses.replace(plain, scale=2),
+    }
+    return [(question, first, plain, 4) for question, first in asked.items()]
+
+
+def _elements() -> list[Question]:
+    """Recipe elements beside the plain recipe, and the last beside the best alone."""
+    alone: list[tuple[str, ...]] = [(name,) for name in (*ELEMENTS, *PAIR_ELEMENTS)]
+    tried = [(elements, ()) for elements in (*alone, ("huber", "cosine"))] + [(("huber", "cosine"), ("huber",))]
+    asked = []
+    for elements, beside in tried:
+        for k in (1, 4):
+            first, second = (Recipe(k, m=4 // k, elements=each) for each in (elements, beside))
+            name = f"{_named(elements)}{f' against {_named(beside)}' if beside else ''}, k = {k}"
+            asked.append((name, first, second, 4))
+    return asked
+
+
+def _named(elements: tuple[str, ...]) -> str:
+    return " and ".join(f"`{name}`" for name in elements)
 
 
 def verdicts(cells: Cells) -> str:
@@ -240,28 +271,40 @@ def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def section(bench: Bench, rows: list[Row], workdir: Path | None) -> str:
+def draw_figures(bench: Bench, cells: Cells) -> None:
+    """The figures of a bench's tables."""
+    calls, first = "N: network calls an image", bench.seeds[0]
+    of_first = {key: [row for row in rows if row["seed"] == first] for key, rows in cells.items()}
+    draw_series(cells, summary_series(), "nfe", calls, picture(bench, "summary"))
+    draw_series(of_first, nfe_series(), "nfe", f"{calls} (one seed)", picture(bench, "nfe"))
+    cost = "network calls to make the model (one seed, NFE 4)"
+    draw_series(of_first, cost_series(), "network_calls", cost, picture(bench, "cost"))
+
+
+def picture(bench: Bench, name: str) -> Path:
+    """The file of a bench's picture."""
+    return PICTURES / f"{bench.name}_{name}.png"
+
+
+def section(bench: Bench, rows: list[Row]) -> str:
     """The page's part on one bench."""
-    cells = grouped(rows, bench.name)
     here = [row for row in rows if row["bench"] == bench.name]
-    missing = {cell.id for cell in all_cells(SEEDS)} - {row["cell"] for row in here}
-    devices = ", ".join(sorted({row["device"] for row in here}))
-    PICTURES.mkdir(exist_ok=True)
-    calls = "N: network calls an image"
-    draw_series(cells, summary_series(), "nfe", calls, PICTURES / f"{bench.name}_summary.png")
-    draw_series(cells, nfe_series(), "nfe", calls, PICTURES / f"{bench.name}_nfe.png")
-    first = {key: [row for row in rows if row["seed"] == SEEDS[0]] for key, rows in cells.items()}
-    cost = "network calls to make the model (seed 0, NFE 4)"
-    draw_series(first, cost_series(), "network_calls", cost, PICTURES / f"{bench.name}_cost.png")
-    same = PICTURES / f"{bench.name}_samples.png"
-    if workdir:
-        draw_samples(bench, cells, workdir, same)
+    planned = all_cells(bench.seeds, screening=bench.screening)
+    missing = {cell.id for cell in planned} - {row["cell"] for row in here}
+    cells, devices = grouped(rows, bench.name), ", ".join(sorted({row["device"] for row in here}))
+    drawn = {
+        "summary": "FID and distance at equal calls and equal cost",
+        "nfe": "FID and distance against network calls an image",
+        "cost": "FID and distance against the cost of the model",
+        "samples": "The same noises",
+    }
+    files = {name: picture(bench, name) for name in drawn}
+    shown = "\n\n".join(f"![{drawn[name]}](choosing_k/{file.name})" for name, file in files.items() if file.exists())
+    tables = "\n\n".join(f"### NFE {n}\n\n{table(cells, n, bench.seeds[0])}" for n in NFES)
     return f"""## {bench.name}
 
 {len(here)} rows, {len(missing)} cells still to be run. Teacher `{bench.teacher}` ({here[0]["teacher"]}); budget of a
 model {bench.calls:,} network calls; {bench.samples} samples; devices: {devices}.
-
-![FID and distance at equal calls and equal cost](choosing_k/{same.name.replace("samples", "summary")})
 
 ### Verdicts
 
@@ -269,22 +312,14 @@ Differences are first minus second, so below 0 the first is better; ± is the st
 
 {verdicts(cells)}
 
-### FID
+{shown}
 
-{table(cells, "fid", ".3f")}
+Tables of the first seed, lowest FID first; in the last two columns mean ± standard deviation over (so many) seeds.
+Seeds differ by the noises that are sampled, which moves the FID of all models alike: compare within a seed. A star:
+measured before the classifier was kept with the code, by another one, whose FIDs are about 1 % different.
 
-### RMS distance to the teacher's samples of the same noises
-
-{table(cells, "rms_to_teacher", ".4f")}
-
-### Truncation error
-
-{table(cells, "truncation_error", ".4f")}
-
-![FID and distance against network calls an image](choosing_k/{same.name.replace("samples", "nfe")})
-
-![FID and distance against the cost of the model](choosing_k/{same.name.replace("samples", "cost")})
-""" + (f"\n![the same noises](choosing_k/{same.name})\n" if same.exists() else "")
+{tables}
+"""
 
 
 INTRODUCTION = """# Choosing k
@@ -310,9 +345,13 @@ def main() -> None:
     os.chdir(ROOT)  # the teachers' paths are relative to it
     rows = [row for bench in BENCHES.values() for row in study.Study(bench, ROOT).rows()]
     measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
-    PAGE.write_text(
-        "\n".join([INTRODUCTION, ADVICE.read_text(), *(section(bench, rows, workdir) for bench in measured)])
-    )
+    PICTURES.mkdir(exist_ok=True)
+    for bench in measured:
+        draw_figures(bench, grouped(rows, bench.name))
+        if workdir:
+            draw_samples(bench, grouped(rows, bench.name), workdir, picture(bench, "samples"))
+    sections = [section(bench, rows) for bench in measured]
+    PAGE.write_text("\n".join([INTRODUCTION, ADVICE.read_text(), *sections]))
     print(f"wrote {PAGE}")
 
 
