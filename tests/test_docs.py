@@ -90,7 +90,7 @@ def main_commands(page: pathlib.Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "count", "dataset"), [("your_own_images.md", 7, "IMAGES"), ("commands.md", 11, "CIFAR10")]
+    ("page", "count", "dataset"), [("your_own_images.md", 7, "IMAGES"), ("commands.md", 14, "CIFAR10")]
 )
 def test_the_commands_of_a_page_are_accepted(page, count, dataset, monkeypatch):
     commands = main_commands(ROOT / "docs" / page)
