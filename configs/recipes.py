@@ -52,13 +52,14 @@ def _on_policy(config):
 
 def _best(config):
     """What the study on Fashion-MNIST found (docs/choosing_k.md): k = the network calls you can afford, one step a
-    segment, and the pseudo-Huber loss in both stages.
+    segment, the pseudo-Huber loss and a cosine learning rate in both stages.
 
-    Cost: none beside the paper's recipe.
-    Expect: at NFE 4 on Fashion-MNIST 14 x 14 at equal cost the figures that docs/choosing_k.md has for `k4_m1+huber`
-    beside `k4_m1`. Not run here on photographs.
+    Cost: none beside the paper's recipe; a stage's length (`training.n_iters`) is fixed when it begins.
+    Expect: at NFE 4 on Fashion-MNIST 14 x 14, three seeds, equal cost: FID lower by 0.060 +- 0.008 than with the paper's
+    recipe, the distance to the teacher's samples by 0.016 +- 0.005 (of 1.04 and 0.073). Not run here on photographs.
     """
     config.training.loss = "huber"
+    config.optim.schedule = "cosine"
 
 
 RECIPES = {"paper": _paper, "2rf++": _improved_reflow, "on_policy": _on_policy, "best": _best}
