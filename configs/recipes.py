@@ -56,7 +56,7 @@ def _best(config):
 
     Cost: none beside the paper's recipe; a stage's length (`training.n_iters`) is fixed when it begins.
     Expect: at NFE 4 on Fashion-MNIST 14 x 14, three seeds, equal cost: FID lower by 0.060 +- 0.008 than with the paper's
-    recipe, the distance to the teacher's samples by 0.016 +- 0.005 (of 1.04 and 0.073). Not run here on photographs.
+    recipe, the distance to the teacher's samples by 0.016 +- 0.005 (of 1.04 and 0.070). Not run here on photographs.
     """
     config.training.loss = "huber"
     config.optim.schedule = "cosine"
