@@ -14,6 +14,7 @@ from typing import Any
 
 import flax
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -185,6 +186,9 @@ def checked_metadata(metadata: dict) -> dict:
     for key, kind in {"stage": str, "k": int, "boundaries": list, "data": dict, "model": dict}.items():
         if not isinstance(metadata.get(key), kind):
             raise ValueError(f"its metadata lacks {key!r}")
+    if not isinstance(metadata.get("source") or "", str):
+        raise ValueError(f"its metadata has source = {str(metadata['source'])[:20]}")
+    models.network_identity(ml_collections.ConfigDict({key: metadata[key] for key in ("data", "model")}))
     if len(metadata["boundaries"]) != metadata["k"] + 1:
         raise ValueError(f"its metadata has k = {metadata['k']} and {len(metadata['boundaries'])} boundaries")
     segments.validate_boundaries(metadata["boundaries"])

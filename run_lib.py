@@ -15,7 +15,7 @@ from jobs.parts import Config
 from jobs.sample import sample_checkpoint
 from jobs.stages import STAGES, stage_of
 from jobs.train import train_stage
-from utils import InputError
+from utils import InputError, absolute
 
 
 def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -> None:
@@ -33,19 +33,20 @@ def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -
 
 def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
     """--mode=eval: measures every checkpoint asked for, as `jobs.evaluate.evaluate_checkpoints`."""
-    _check_folder(eval_folder)
+    _check_folder(workdir, eval_folder)
     evaluate_checkpoints(_prepare(config, "eval"), epath.Path(workdir), eval_folder, log_name)
 
 
 def sample(config: Config, workdir: epath.PathLike, eval_folder: str) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
-    _check_folder(eval_folder)
+    _check_folder(workdir, eval_folder)
     sample_checkpoint(_prepare(config, "sample"), epath.Path(workdir), eval_folder)
 
 
-def _check_folder(eval_folder: str) -> None:
+def _check_folder(workdir: epath.PathLike, eval_folder: str) -> None:
     """Raises InputError where results would lie among what other jobs write."""
-    first = os.path.normpath(eval_folder).split(os.sep)[0]
+    root = os.fspath(absolute(workdir))
+    first = os.path.relpath(os.path.join(root, eval_folder), root).split(os.sep)[0]
     is_many_step = re.fullmatch(rf"{STAGES['distill'].folder}_\d+", first)
     if is_many_step or first in {"samples", "wandb", *(stage.folder for stage in STAGES.values())}:
         raise InputError(

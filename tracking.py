@@ -39,7 +39,7 @@ class Tracker:
         """
         Args:
           folder: where metrics.json and the pictures go.
-          workdir: where wandb keeps its own files, in `wandb/`.
+          workdir: where wandb keeps its own files, in `wandb/`; in the current folder's where it is in a bucket.
           name: the run's name in wandb; the same name in the same workdir continues the same wandb run.
           config: the run's settings, as wandb shows them.
           primary: whether this is the first host.

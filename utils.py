@@ -1,11 +1,13 @@
 """Shared by everything: the error that users see, atomic and durable files on a disk or in a bucket."""
 
+import argparse
 import contextlib
 import errno
 import io
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 import uuid
@@ -52,6 +54,17 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The absolute path; epath's own `absolute` would put a bucket's below the current folder."""
     path = epath.Path(path)
     return path.absolute() if is_local(path) else path
+
+
+def local_path(text: str) -> pathlib.Path:
+    """An argument of a script that works on mounted disks alone: pathlib would take a bucket for a folder `gs:`.
+
+    Raises:
+      argparse.ArgumentTypeError: the path is in a bucket.
+    """
+    if not is_local(text):
+        raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a folder on a disk and copy it from or to there")
+    return pathlib.Path(text)
 
 
 @contextlib.contextmanager
@@ -206,8 +219,12 @@ def write_json(path: epath.PathLike, value: Any, *, overwrite: bool = True) -> N
 
 
 def read_json(path: epath.PathLike, default: Any) -> Any:
-    """The content of a JSON file; `default` where there is no such file or it is damaged."""
+    """The content of a JSON file; `default` where there is no such file or it is damaged.
+
+    Raises:
+      OSError: it is there and cannot be read: whoever took it for absent would write over it.
+    """
     try:
         return json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return default

@@ -55,7 +55,7 @@ def _best(config):
     segment, the pseudo-Huber loss and a cosine learning rate in both stages.
 
     Cost: none beside the paper's recipe; a stage's length (`training.n_iters`) is fixed when it begins.
-    Expect: at NFE 4 on Fashion-MNIST 14 x 14, three seeds, equal cost: FID lower by 0.060 +- 0.008 than with the paper's
+    Expect: on Fashion-MNIST 14 x 14 at NFE 4, three seeds, equal cost: FID lower by 0.060 +- 0.008 than by the paper's
     recipe, the distance to the teacher's samples by 0.016 +- 0.005 (of 1.04 and 0.070). Not run here on photographs.
     """
     config.training.loss = "huber"

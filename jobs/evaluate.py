@@ -59,7 +59,7 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
     config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
     for each in sampler_configs(config).values() or [config]:
         check_steps(each, "eval")
-    utils.check_writable(workdir)
+    utils.check_writable((workdir / eval_folder).parent)  # not the workdir: figures can be measured elsewhere
     loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
     model = models.create_model(config)
     sampler_over = functools.cache(lambda *boundaries: sampler_of(config, model, boundaries))  # each compiled once

@@ -190,20 +190,20 @@ def export(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The script; returns its exit status."""
+    from utils import InputError, local_path
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=pathlib.Path, help="a run's folder, stage or checkpoint, or an exported model")
-    parser.add_argument("out", type=pathlib.Path, help="the folder to write")
+    parser.add_argument("run", type=local_path, help="a run's folder, stage or checkpoint, or an exported model")
+    parser.add_argument("out", type=local_path, help="the folder to write")
     parser.add_argument("--full", action="store_true", help="also the raw weights and Adam's moments")
     parser.add_argument("--ema_rate", type=float, default=0.0, help="export this one of model.ema_rates")
     parser.add_argument("--name", default="", help="the card's title")
     parser.add_argument("--data", default="", help="what it was trained on; default: as its evaluations say")
     parser.add_argument("--command", action="append", default=[], help="a command that trained it; may be repeated")
-    parser.add_argument("--metrics", action="append", default=[], type=pathlib.Path, help="a metrics.json of it")
+    parser.add_argument("--metrics", action="append", default=[], type=local_path, help="a metrics.json of it")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, as model hubs name it")
     parser.add_argument("--images", type=int, default=16, help="samples in the card's picture; 0: no picture")
     options = parser.parse_args(arguments)
-    from utils import InputError
-
     try:
         export(options)
     except (InputError, OSError) as error:

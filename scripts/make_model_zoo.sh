@@ -38,4 +38,5 @@ if [ -n "$study" ]; then
   studied k2_m1 2 1 fashion_mnist_14_2seqrf_distill "2-SeqRF-Distill on Fashion-MNIST 14 x 14"
   studied k4_m1 4 1 fashion_mnist_14_4seqrf_distill "4-SeqRF-Distill on Fashion-MNIST 14 x 14"
 fi
+[ -d "$workdir/1_rf" ] || [ -n "$study" ] || { echo "no model in $workdir: run scripts/quickstart.sh first" >&2; exit 2; }
 # Other models have a line of the same kind here: model RUN FOLDER NAME --data DATA --command HOW_IT_WAS_TRAINED

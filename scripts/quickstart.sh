@@ -5,6 +5,8 @@
 # and prints the table, then what was won; the exit status is 1 if that is less than it should be. Run again, it skips
 # what is finished; killed, it goes on where it was. With BEST=1 it also trains and distils by the recipe `best`.
 set -euo pipefail
+workdir="${1:-}"
+case $workdir in "" | *://*) ;; *) workdir=$(realpath -m "$workdir") ;; esac  # of the folder that it was given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 
@@ -15,7 +17,7 @@ devices=$((cores >= 8 ? 8 : cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$devices}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # less time in page faults (docs/accelerators.md)
 
-workdir="${1:-runs/digits}"
+workdir="${workdir:-runs/digits}"
 config=configs/rf/digits_rf_continuous.py
 run=(.venv/bin/python main.py --config="$config" --workdir="$workdir")
 best=(.venv/bin/python main.py --config="$config:best" --workdir="$workdir/best")

@@ -14,6 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import utils
+
 COLUMNS = {
     "NFE": ("nfe", "{:.0f}"),
     "FID": (None, "{:.3g}"),
@@ -153,7 +155,7 @@ def claims(found: list[Evaluation], fid: str) -> list[Claim]:
 def main() -> int:
     """The script: prints the table, writes it to report.md and draws the figure beside it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("workdir", type=utils.local_path)
     parser.add_argument("--html", action="store_true", help="also write report.html")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is larger than its bound")
     options = parser.parse_args()

@@ -2,7 +2,8 @@
 
 Runs what the file's entry "provenance" says in a fresh folder: the checkpoint, the settings, on as many devices. On the
 same kind of machine with the same code and libraries every figure is the same to the last bit; where one is not, what
-differs between then and now is listed, and the exit status is 1. Time is not compared.
+differs between then and now is listed, and the exit status is 1. It is 2, with one line, where nothing can be measured.
+Time is not compared.
 """
 
 import argparse
@@ -16,36 +17,58 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 NOT_FIGURES = ("step", "seconds_per_1000", "provenance", "settings")
-COMPARED = ("commit", "dirty", "versions", "device", "devices", "processes", "cpu", "weights", "pairs", "network")
+COMPARED = ("commit", "dirty", "versions", "xla_flags", "device", "devices", "processes", "cpu")
+COMPARED += ("weights", "pairs", "network")
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def main() -> int:
     """The script; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", type=Path, help="the metrics.json of a measured checkpoint")
-    parser.add_argument("--to", type=Path, help="the folder to measure in; default: a new temporary one")
+    import utils
+
+    parser.add_argument("metrics", type=utils.local_path, help="the metrics.json of a measured checkpoint")
+    parser.add_argument("--to", type=utils.local_path, help="the folder to measure in; default: a new temporary one")
     parser.add_argument("--checkpoint", help="where the checkpoint is now, if it was moved")
     options = parser.parse_args()
+    try:
+        entry, again, folder = _measure(options)
+    except utils.InputError as error:
+        return _fail(error)
+    except Exception as error:
+        if (cause := utils.disk_error(error)) is None:
+            raise
+        return _fail(f"{cause.filename or options.metrics}: {cause.strerror}")
+    return report(entry, again, folder)
+
+
+def _fail(reason: Any) -> int:
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    return 2
+
+
+def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """(the entry, the one of now, the folder it is in). Raises InputError where nothing can be measured."""
+    import runtime
     import utils
 
     entry = utils.read_json(options.metrics, {})
     if not _is_recorded(entry):
-        sys.exit(f"error: {options.metrics} has no whole entry 'provenance': it is of no evaluation, or an old one")
-    record = entry["provenance"]
+        raise utils.InputError(f"{options.metrics} has no whole entry 'provenance': of no evaluation, or an old one")
     folder = (options.to or Path(tempfile.mkdtemp(prefix="seqrf-reproduce-"))).absolute()
     if any(folder.glob("step_*")):  # which would not be measured again
-        sys.exit(f"error: {folder} holds results already; give --to a new folder")
-    checkpoint = options.checkpoint and os.path.abspath(options.checkpoint)
-    _as_many_devices(record)
-    import runtime
-
-    runtime.set_environment()
-    try:
-        with runtime.terminal_logging():
-            again = measure_again(entry, folder, checkpoint)
-    except utils.InputError as error:
-        sys.exit(f"error: {error}")
-    return report(entry, again, folder)
+        raise utils.InputError(f"{folder} holds results already; give --to a new folder")
+    checkpoint = options.checkpoint and os.fspath(utils.absolute(options.checkpoint))
+    _as_many_devices(entry["provenance"])
+    runtime.set_environment(deterministic=DETERMINISTIC in str(entry["provenance"].get("xla_flags")))
+    with runtime.terminal_logging():
+        again = measure_again(entry, folder, checkpoint)
+    if not again:
+        raise utils.InputError(
+            f"{checkpoint or 'the checkpoint'} is not of update {entry['step']}, as the figures are; give --checkpoint "
+            f"RUN/STAGE/checkpoints/{entry['step']} (what was measured is in {folder})"
+        )
+    return entry, again, folder
 
 
 def _is_recorded(entry: Any) -> bool:
@@ -57,7 +80,7 @@ def _is_recorded(entry: Any) -> bool:
 
 def _as_many_devices(record: dict[str, Any]) -> None:
     """On a CPU as many virtual devices as then, unless XLA_FLAGS says otherwise: a batch is shared by the devices."""
-    if record.get("device") == "cpu" and isinstance(devices := record.get("devices"), int) and 1 <= devices <= 64:
+    if record.get("device") == "cpu" and isinstance(devices := record.get("devices"), int) and 1 < devices <= 64:
         os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
 
 
@@ -97,7 +120,8 @@ def report(before: dict[str, Any], again: dict[str, Any], folder: Path) -> int:
     for name in names:
         print(f"{name:34} {before[name]!s:24} {again.get(name)!s:24} {'DIFFERS' if name in differing else 'equal'}")
     print(f"\n{len(names) - len(differing)} of {len(names)} figures are equal to the last bit; measured in {folder}")
-    then, now = ({name: entry["provenance"].get(name) for name in COMPARED} for entry in (before, again))
+    recorded = [name for name in COMPARED if name in before["provenance"]]  # an older record lacks some
+    then, now = ({name: entry["provenance"].get(name) for name in recorded} for entry in (before, again))
     changed = provenance.differences(then, now) | provenance.differences(before["settings"], again["settings"])
     for name, (first, second) in changed.items():
         print(f"  {name}: then {_short(first)}, now {_short(second)}")

@@ -4,10 +4,12 @@
 # Trains and measures every cell that results/study.jsonl lacks, and writes docs/choosing_k.md. Stopped at any point, it
 # goes on with the cells that are missing.
 set -euo pipefail
+workdir="${2:-}"
+case $workdir in "" | *://*) ;; *) workdir=$(realpath -m "$workdir") ;; esac  # of the folder that it was given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # less time in page faults (docs/accelerators.md)
-workdir="${2:-runs/study}"
+workdir="${workdir:-runs/study}"
 .venv/bin/python scripts/study.py "${1:-fashion_mnist_14}" --workdir "$workdir"
 .venv/bin/python scripts/study_page.py --workdir "$workdir"

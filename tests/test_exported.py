@@ -112,6 +112,9 @@ SPOILT = {
     "infinity": (lambda f: rewritten(f, boundaries=[1, 1e999, 0]), "decrease strictly"),
     "text": (lambda f: rewritten(f, boundaries=["1", "x", "0"]), "not a file that SeqRF"),
     "steps": (lambda f: rewritten(f, step=10**300), "its metadata has step = 1000"),
+    "setting": (lambda f: rewritten(f, model={"a.b": 1}), "not a file that SeqRF"),
+    "no image size": (lambda f: rewritten(f, data={"num_channels": 1}), "not a file that SeqRF"),
+    "source": (lambda f: rewritten(f, source=5), "its metadata has source = 5"),
     "another config": (
         lambda f: f.with_name("config.json").write_text(json.dumps({"k": 10**4000})),
         "config.json is damaged; .* it has stage = None",
@@ -260,6 +263,16 @@ def test_the_script_refuses_in_one_line(folder, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "out"])
+def test_the_script_takes_no_bucket_for_a_folder(folder, tmp_path, place, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"run": str(folder), "out": "out"} | {place: "gs://bucket/x"}
+    with pytest.raises(SystemExit, match="2"):
+        export_main(list(arguments.values()))
+    assert f"argument {place}: gs://bucket/x is in a bucket" in capsys.readouterr().err
+    assert list(tmp_path.glob("gs*")) == []
 
 
 def test_a_bucket_that_cannot_be_reached_is_no_damage():

@@ -17,11 +17,12 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
 
 def reproduce(monkeypatch, capsys, *arguments):
-    """The exit status and what the script prints."""
+    """The exit status and what the script prints; with status 2 the line of the error."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    return end.value.code, capsys.readouterr().out
+    out, err = capsys.readouterr()
+    return end.value.code, next(line for line in err.splitlines() if "error: " in line) if end.value.code == 2 else out
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def test_figures_are_measured_again_bit_for_bit(measured, tmp_path, monkeypatch,
     assert record["weights"] == entry["settings"]["weights"]
     assert record["seconds"] > 0
     assert record["images_per_second"] == pytest.approx(1000 / entry["seconds_per_1000"])
-    status, _ = reproduce(monkeypatch, capsys, measured, "--to", tmp_path / "again")
-    assert "again holds results already" in status
+    status, said = reproduce(monkeypatch, capsys, measured, "--to", tmp_path / "again")
+    assert status == 2
+    assert "again holds results already" in said
 
 
 def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
@@ -79,10 +81,20 @@ def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
     assert f"versions.jax: then 0.1, now {jax.__version__}" in said
 
 
+def test_a_checkpoint_of_another_update_is_named(measured, tmp_path, monkeypatch, capsys):
+    config = network_config()
+    checkpoints.export_file(tmp_path / "later.safetensors", random_weights(config, step=4), config)
+    monkeypatch.chdir(tmp_path)
+    status, said = reproduce(monkeypatch, capsys, measured, "--checkpoint", "later.safetensors")
+    assert status == 2
+    assert "later.safetensors is not of update 3" in said
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"step": 3}', '{"step": 3, "settings": {}, "provenance": {"config": 0}}']
 )
 def test_a_file_without_a_record_is_refused(content, tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.json").write_text(content)
-    status, _ = reproduce(monkeypatch, capsys, tmp_path / "metrics.json")
-    assert "has no whole entry 'provenance'" in status
+    status, said = reproduce(monkeypatch, capsys, tmp_path / "metrics.json")
+    assert status == 2
+    assert "has no whole entry 'provenance'" in said

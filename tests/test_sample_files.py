@@ -115,7 +115,7 @@ def test_settings_that_cannot_work_are_refused(workdir, tmp_path):
         run_lib.sample(config, workdir, "refused")
     with pytest.raises(InputError, match="no checkpoint to evaluate"):
         run_lib.sample(sample_config(), tmp_path, "refused")
-    for folder in ("samples", "2_rf/new", "2_distill_4"):
+    for folder in ("samples", "2_rf/new", "2_distill_4", f"../{workdir.name}/1_rf", str(workdir / "1_rf")):
         with pytest.raises(InputError, match=rf"--eval_folder={folder}: other jobs write into"):
             run_lib.sample(sample_config(), workdir, folder)
 

@@ -99,6 +99,10 @@ def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
     (tmp_path / "b.json").write_text('{"x": ')
     for name in ("missing.json", "b.json"):
         assert utils.read_json(tmp_path / name, 5) == 5
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(IsADirectoryError):  # any file that is there and cannot be read
+        utils.read_json(tmp_path / "b.json", 5)
 
 
 def test_arrays_have_the_same_bytes_every_time(tmp_path):

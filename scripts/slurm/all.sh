@@ -18,8 +18,9 @@ settings=("$@")
 before=""
 
 if [ -n "$PAIRS" ]; then
+    case $WORKDIR in *://*) echo "PAIRS=$PAIRS: only for a WORKDIR on a disk, not $WORKDIR" >&2; exit 2 ;; esac
     mkdir -p "$PAIRS" "$WORKDIR/samples"
-    ln -sfn "$PAIRS" "$WORKDIR/samples/reflow_batch"
+    ln -sfnT "$(realpath "$PAIRS")" "$WORKDIR/samples/reflow_batch"  # fails where pairs are already
 fi
 
 submit() {

@@ -6,6 +6,7 @@
 # Read it and change it. A job that fails or is preempted ends it; the same command resumes there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source .venv/bin/activate
 
 CONFIG=${CONFIG:-configs/rf/cifar10_rf_continuous.py}
 WORKDIR=${WORKDIR:-gs://YOUR_BUCKET/cifar10}  # or a folder on a disk; several hosts need one that all of them see
@@ -15,8 +16,9 @@ TRAIN=${TRAIN:-512} EVAL=${EVAL:-2048}        # over all hosts. v3-8: 512, 2048;
 JOBS=${*:-rf pairs reflow distill evaluate}
 
 if [ -n "$PAIRS" ]; then  # the attached disk, in the place of samples/reflow_batch
+    case $WORKDIR in *://*) echo "PAIRS=$PAIRS: only for a WORKDIR on a disk, not $WORKDIR" >&2; exit 2 ;; esac
     mkdir -p "$PAIRS" "$WORKDIR/samples"
-    ln -sfn "$PAIRS" "$WORKDIR/samples/reflow_batch"
+    ln -sfnT "$(realpath "$PAIRS")" "$WORKDIR/samples/reflow_batch"  # fails where pairs are already
 fi
 
 run() {

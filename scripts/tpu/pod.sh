@@ -14,4 +14,4 @@ for name in CONFIG WORKDIR PAIRS NDIV TRAIN EVAL; do
 done
 
 gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
-    --command="cd seqrf && source .venv/bin/activate && $SETTINGS bash scripts/tpu/jobs.sh $*"
+    --command="cd seqrf && $SETTINGS bash scripts/tpu/jobs.sh $*"
