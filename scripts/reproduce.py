@@ -17,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 NOT_FIGURES = ("step", "seconds_per_1000", "provenance", "settings")
-COMPARED = ("commit", "dirty", "versions", "xla_flags", "device", "devices", "processes", "cpu")
-COMPARED += ("weights", "pairs", "network")
+PROCESS = ("commit", "dirty", "versions", "xla_flags", "device", "devices", "processes", "cpu")
+COMPARED = (*PROCESS, "weights", "pairs", "network")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 

@@ -1,6 +1,6 @@
 """Which k, which recipe: trains and measures every cell of the study, one row of results/study.jsonl each.
 
-    python scripts/study.py fashion_mnist_14                   # the bench, three seeds
+    python scripts/study.py fashion_mnist_14                   # the bench, verdicts over three seeds
     python scripts/study.py digits                             # its quick form: half the budget, one seed
     python scripts/study.py digits --only k4_m1/euler_4/seed_0 # cells whose name contains this
     python scripts/study.py digits --verify k4_m1/euler_4/seed_0   # makes that row again and compares
@@ -17,6 +17,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -139,13 +140,17 @@ class Study:
             "training.reflow_file_size": noises if trajectory else noises * recipe.k,
             "training.gen_reflow_size": 256,
             "training.import_flax": str(self.teacher[0]),
-            "sampling.tol": self.bench.tol,
+            "sampling.tol": recipe.options().get("sampling.tol", self.bench.tol),
             "sampling.solver": self.bench.pairs[recipe.k][1],
         }
         made = folder / "samples" / ("trajectories" if trajectory else "reflow_batch")
+        logged = folder / "samples" / f"metrics{'_trajectories' if trajectory else ''}.json"
         is_done = utils.read_json(made / "manifest.json", {}).get("complete", False)
+        if is_done and not logged.exists():  # killed between the two: what they cost is not known
+            shutil.rmtree(made.resolve())
+            is_done = False
         seconds = self.run(folder, kind, seed, options, is_done=is_done)
-        metrics = utils.read_json(folder / "samples" / f"metrics{'_trajectories' if trajectory else ''}.json", None)
+        metrics = utils.read_json(logged, None)
         nfe = sum(value for name, value in metrics[-1].items() if name.startswith("nfe_segment"))
         boundaries = segments.FINE_STEPS * FINE_NOISES if recipe.adaptive and not trajectory else 0
         return folder, int(noises * nfe) + boundaries, seconds
@@ -299,6 +304,11 @@ class Study:
         """The rows so far of this bench and teacher."""
         return [row for row in read_rows() if (row["bench"], row["teacher"]) == (self.bench.name, self.teacher[1])]
 
+    def is_measured(self, cell: Cell) -> bool:
+        """Whether a row of the cell is by the feature network of today."""
+        mine = [row for row in self.rows() if row["cell"] == cell.id]
+        return any(row.get("features") == self.real.network.identity for row in mine)
+
     def row(self, cell: Cell) -> dict[str, Any]:
         """The row of a cell; trains what it needs."""
         model = self.model(cell.recipe, cell.seed)
@@ -422,7 +432,7 @@ def main() -> None:
                 sys.exit(f"error: no row of {RESULTS} is of the cell {arguments.verify!r}, this bench and teacher")
             sys.exit(0 if verify(study, named[0]) else 1)
         for number, cell in enumerate(cells, 1):
-            if arguments.only not in cell.id or cell.id in {row["cell"] for row in study.rows()}:
+            if arguments.only not in cell.id or study.is_measured(cell):
                 continue
             print(f"== {number}/{len(cells)} {cell.id}", flush=True)
             row = study.row(cell)

@@ -15,7 +15,10 @@ from typing import Any
 CALLS_PER_EXAMPLE = 3
 NFES = (1, 2, 4, 8)
 # Recipe elements, each a change of the plain recipe (docs/recipes.md); those of the first group change the pairs.
-PAIR_ELEMENTS: dict[str, dict[str, Any]] = {"inverted": {"training.inverted_pairs": 0.5}}
+PAIR_ELEMENTS: dict[str, dict[str, Any]] = {
+    "inverted": {"training.inverted_pairs": 0.5},
+    "exact": {"sampling.tol": 1e-3},  # ten times below the bench's
+}
 ELEMENTS: dict[str, dict[str, Any]] = {
     "huber": {"training.loss": "huber"},
     "ushape": {"training.t_distribution": "ushape"},
@@ -33,8 +36,8 @@ class Bench:
       teacher: an exported 1-RF; every row carries its fingerprint.
       budget: network calls of every recipe, in updates of one batch.
       reflow: updates of reflow before a distillation.
-      pairs: k -> (noises that the teacher solves, solver): about equal calls for every k. Short segments do with a
-        solver of lower order: at tolerance 1e-2 bosh3 is as exact as dopri5 there, in fewer calls.
+      pairs: k -> (noises that the teacher solves, solver): fewer noises for more segments, whose pairs cost more calls
+        a noise and are k times as many. Short segments take a solver of lower order, in fewer calls.
       trajectories: k -> noises of the trajectory set of on-policy distillation after reflow.
       direct_trajectories: the same where there are no pairs and no reflow.
       samples: behind FID and KID.

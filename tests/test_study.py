@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -121,6 +122,7 @@ def test_a_row_of_another_teacher_is_made_again_and_not_verified(bench, tmp_path
     rows = [{"bench": "digits", "cell": cell, "teacher": "0f"}]
     monkeypatch.setattr(study, "read_rows", lambda: rows)
     monkeypatch.setattr(study, "append_row", made.append)
+    monkeypatch.setattr(study.Study, "real", types.SimpleNamespace(network=types.SimpleNamespace(identity="a")))
     monkeypatch.setattr(study.Study, "row", lambda runs, cell: dict.fromkeys(study.FIGURES, 0.0) | {"cell": cell.id})
     main("--only", cell, "--teacher", bench.teacher)
     assert [row["cell"] for row in made] == [cell]
@@ -128,7 +130,10 @@ def test_a_row_of_another_teacher_is_made_again_and_not_verified(bench, tmp_path
         main("--verify", cell, "--teacher", bench.teacher)
     rows[0]["teacher"] = study.Study(bench, tmp_path).teacher[1]
     main("--only", cell, "--teacher", bench.teacher)
-    assert len(made) == 1
+    assert len(made) == 2  # by another feature network
+    rows[0]["features"] = "a"
+    main("--only", cell, "--teacher", bench.teacher)
+    assert len(made) == 2
 
 
 def test_the_page_trains_nothing_for_its_picture(bench, tmp_path, monkeypatch):
@@ -173,6 +178,8 @@ def test_rows_are_compared_within_a_feature_network_and_the_latest_row_of_a_seed
     assert study_page.compare(first, second, "fid").differences == (-4.0, -4.0, -4.0)
     assert study_page.compare(first, rows("c", 1.0), "fid").word == "0 of 3 seeds"
     assert study_page.latest(first, "fid") == [2.0, 3.0, 4.0]
+    distances = [[{"seed": 0, "features": name, "rms_to_teacher": 1.0}] for name in ("a", "c")]
+    assert study_page.compare(*distances, "rms_to_teacher").differences == (0.0,)
 
 
 def test_every_line_of_a_figure_is_of_cells_of_the_study():
