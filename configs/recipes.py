@@ -43,9 +43,9 @@ def _on_policy(config):
 
     Cost: (N - 1)/2 network calls of the student for every example, N = m k, beside the 3 of an update (one forward, a
     backward of about two); a trajectory costs the teacher one whole solve for its k pairs, as k segment solves do.
-    Expect: more distance to the teacher than ordinary distillation, and less FID for plain reflow alone. On Fashion-MNIST
-    14 x 14 at NFE 4, three seeds, equal cost (docs/choosing_k.md): FID of k = 1 lower by 0.11 +- 0.04, of k = 4 not settled,
-    distance of k = 4 0.085 against 0.070. Not run here on photographs.
+    Expect: more distance to the teacher than ordinary distillation, and less FID for plain reflow alone. On
+    Fashion-MNIST 14 x 14 at NFE 4, three seeds, equal cost (docs/choosing_k.md): FID of k = 1 lower by 0.11 +- 0.04, of
+    k = 4 not settled; distance of k = 4 0.085 against 0.070. Not run here on photographs.
     """
     config.training.on_policy = 1.0
 
