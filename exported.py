@@ -188,10 +188,10 @@ def checked_metadata(metadata: dict) -> dict:
             raise ValueError(f"its metadata lacks {key!r}")
     if not isinstance(metadata.get("source") or "", str):
         raise ValueError(f"its metadata has source = {str(metadata['source'])[:20]}")
-    models.network_identity(ml_collections.ConfigDict({key: metadata[key] for key in ("data", "model")}))
     if len(metadata["boundaries"]) != metadata["k"] + 1:
         raise ValueError(f"its metadata has k = {metadata['k']} and {len(metadata['boundaries'])} boundaries")
     segments.validate_boundaries(metadata["boundaries"])
+    models.network_identity(ml_collections.ConfigDict({key: metadata[key] for key in ("data", "model")}))
     return metadata
 
 

@@ -219,7 +219,7 @@ def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
     path, config = tmp_path / "exported.safetensors", network_config()
     checkpoints.export_file(path, weights, config)
     rewritten(path, lambda d: d["model"].update(nf="many"))
-    with pytest.raises(InputError, match=r"incomplete or corrupt checkpoint .*: config\.model\.nf = 'many'"):
+    with pytest.raises(InputError, match=r"exported .*: config\.model\.nf = 'many'"):
         checkpoints.load_weights(path, config)
     rewritten(path, lambda d: without(d, "model"))
     with pytest.raises(InputError, match=r"exported .*: its metadata lacks 'model'"):
