@@ -275,8 +275,7 @@ def own_config(metadata: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def _check_same_network(path, saved: dict, wanted: dict, remedy: str):
-    with exported.damage_named(f"{path}: {_DAMAGED}"):
-        network = models.network_identity(ml_collections.ConfigDict({key: saved[key] for key in ("data", "model")}))
+    network = models.network_identity(ml_collections.ConfigDict({key: saved[key] for key in ("data", "model")}))
     network = json.loads(json.dumps(network))
     for section, settings in network.items():
         for name, value in settings.items():

@@ -6,7 +6,7 @@
 # what is finished; killed, it goes on where it was. With BEST=1 it also trains and distils by the recipe `best`.
 set -euo pipefail
 workdir="${1:-}"
-case $workdir in "" | *://*) ;; *) workdir=$(realpath -m "$workdir") ;; esac  # of the folder that it was given in
+case $workdir in "" | /* | *://*) ;; *) workdir="$PWD/$workdir" ;; esac  # of the folder that it is given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 

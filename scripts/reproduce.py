@@ -16,17 +16,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils
+
 NOT_FIGURES = ("step", "seconds_per_1000", "provenance", "settings")
-PROCESS = ("commit", "dirty", "versions", "xla_flags", "device", "devices", "processes", "cpu")
-COMPARED = (*PROCESS, "weights", "pairs", "network")
+COMPARED = (
+    "commit", "dirty", "versions", "xla_flags", "device", "devices", "processes", "cpu", "weights", "pairs", "network",
+)  # fmt: skip
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def main() -> int:
     """The script; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    import utils
-
     parser.add_argument("metrics", type=utils.local_path, help="the metrics.json of a measured checkpoint")
     parser.add_argument("--to", type=utils.local_path, help="the folder to measure in; default: a new temporary one")
     parser.add_argument("--checkpoint", help="where the checkpoint is now, if it was moved")
@@ -50,7 +51,6 @@ def _fail(reason: Any) -> int:
 def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """(the entry, the one of now, the folder it is in). Raises InputError where nothing can be measured."""
     import runtime
-    import utils
 
     entry = utils.read_json(options.metrics, {})
     if not _is_recorded(entry):
@@ -93,7 +93,6 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
     from etils import epath
 
     import run_lib
-    import utils
     from configs.stored import config_from
 
     record = entry["provenance"]

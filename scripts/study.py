@@ -6,8 +6,9 @@
     python scripts/study.py digits --verify k4_m1/euler_4/seed_0   # makes that row again and compares
 
 A row is appended when its cell is done; stopped at any point, on any machine, the same command goes on with the cells
-that are missing, and a training run with its latest checkpoint. scripts/study_page.py makes docs/choosing_k.md of the
-rows; scripts/study_cells.py says what is compared. Below --workdir every model has a folder that main.py can evaluate.
+that are missing, and a training run with its latest checkpoint. A row by another feature network than today's does not
+count. scripts/study_page.py makes docs/choosing_k.md of the rows; scripts/study_cells.py says what is compared. Below
+--workdir every model has a folder that main.py can evaluate.
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 from scripts.study_cells import BENCHES, CALLS_PER_EXAMPLE, Bench, Cell, Recipe, all_cells  # noqa: E402
+from utils import local_path  # noqa: E402
 
 RESULTS = ROOT / "results" / "study.jsonl"
 KERNEL_REAL = 10_000  # real images behind the KID
@@ -412,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--seeds", help="such as 0,1,2; default: the bench's")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--workdir", type=local_path, default=ROOT / "runs" / "study")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--verify", metavar="CELL")
     parser.add_argument("--teacher", help="another 1-RF than the bench's own")

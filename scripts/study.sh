@@ -5,7 +5,7 @@
 # goes on with the cells that are missing.
 set -euo pipefail
 workdir="${2:-}"
-case $workdir in "" | *://*) ;; *) workdir=$(realpath -m "$workdir") ;; esac  # of the folder that it was given in
+case $workdir in "" | /* | *://*) ;; *) workdir="$PWD/$workdir" ;; esac  # of the folder that it is given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
 

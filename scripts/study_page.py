@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import study  # noqa: E402
 from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells  # noqa: E402
+from utils import local_path  # noqa: E402
 
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
 ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
@@ -102,18 +103,20 @@ def spread(values: list[float], form: str) -> str:
 def table(cells: Cells, nfe: int, first_seed: int) -> str:
     """Markdown: what makes an image in `nfe` calls, the best FID of the first seed first."""
     titles = ("model", "recipe", "FID", "RMS", "truncation", "updates", "FID, seeds", "RMS, seeds")
-    lines = []
-    for (recipe, sampler, calls), rows in cells.items():
-        if calls != nfe or not (of_first := [row for row in rows if row["seed"] == first_seed]):
-            continue
-        row, name = of_first[-1], recipe + ("" if sampler == "euler" else f", {sampler}")
-        mark = "" if row.get("features") else "*"
-        figures = f"{row['fid']:.3f}{mark} | {row['rms_to_teacher']:.4f} | {row['truncation_error']:.4f}"
-        spreads = f"{spread(latest(rows, 'fid'), '.3f')} | {spread(latest(rows, 'rms_to_teacher'), '.4f')}"
-        line = f"| {row['model']} | `{name}` | {figures} | {row['updates'] or ''} | {spreads} |"
-        lines.append((row["fid"], line))
+    of_seeds = [{row["seed"]: row for row in rows} for key, rows in cells.items() if key[2] == nfe]  # the latest rows
+    of_seeds = sorted((rows for rows in of_seeds if first_seed in rows), key=lambda rows: rows[first_seed]["fid"])
     header = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
-    return header + "\n".join(line for _, line in sorted(lines))
+    return header + "\n".join(_line(list(rows.values()), rows[first_seed]) for rows in of_seeds)
+
+
+def _line(rows: list[Row], row: Row) -> str:
+    """Of a table: the figures of one row of a cell, then of one row for each seed; a star marks the old classifier."""
+    name = row["recipe"] + ("" if row["sampler"] == "euler" else f", {row['sampler']}")
+    star, stars = ("" if all(each.get("features") for each in measured) else "*" for measured in ([row], rows))
+    figures = f"{row['fid']:.3f}{star} | {row['rms_to_teacher']:.4f} | {row['truncation_error']:.4f}"
+    fid, rms = spread([each["fid"] for each in rows], ".3f"), spread([each["rms_to_teacher"] for each in rows], ".4f")
+    fid += stars if fid else ""
+    return f"| {row['model']} | `{name}` | {figures} | {row['updates'] or ''} | {fid} | {rms} |"
 
 
 Question = tuple[str, Recipe, Recipe, int]
@@ -328,7 +331,8 @@ the rule of two standard errors calls 18 % of equal pairs different: trust what 
 
 Tables of the first seed, lowest FID first; in the last two columns mean ± standard deviation over (so many) seeds.
 Seeds differ by the noises that are sampled, which moves the FID of all models alike: compare within a seed. A star:
-measured before the classifier was kept with the code, by another one, whose FIDs are about 1 % different.
+measured (for a mean: in part) before the classifier was kept with the code, by another one, whose FIDs are about 1 %
+different.
 
 {tables}
 """
@@ -351,7 +355,7 @@ bench's labels. A verdict is settled if three seeds agree and their mean differe
 def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, help="of scripts/study.py, for the pictures of samples")
+    parser.add_argument("--workdir", type=local_path, help="of scripts/study.py, for the pictures of samples")
     arguments = parser.parse_args()
     workdir = arguments.workdir and arguments.workdir.absolute()
     os.chdir(ROOT)  # the teachers' paths are relative to it
