@@ -25,6 +25,7 @@ ELEMENTS: dict[str, dict[str, Any]] = {
     "cosine": {"optim.schedule": "cosine"},
     "from_ema": {"training.init_from_ema": True},
 }
+BEST = ("huber", "cosine")  # configs/recipes.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +197,11 @@ def all_cells(seeds: tuple[int, ...], *, screening: bool = True) -> list[Cell]:
 
     What is a verdict is measured for all seeds, what only looks for something better (`screening`) for the first one.
     """
-    verdicts = [_distilled(4), _teacher(), _distilled(2), _distilled(8), _with("huber"), _with("huber", "cosine")]
+    verdicts = [_distilled(4), _teacher(), _distilled(2), _distilled(8)]
+    verdicts += [_distilled(4, elements=elements) for elements in (("huber",), BEST)]
     verdicts += [_on_policy(4), _distilled(1)]
-    screened = [_reflowed(), _elements(), _budgets(), _direct(), _on_policy(2), _on_policy(8), _others(), _combined()]
+    screened = [_reflowed(), _elements(), _budgets(), _direct(), *(_distilled(n, elements=BEST) for n in (2, 8))]
+    screened += [_on_policy(2), _on_policy(8), _others(), _distilled(4, on_policy=True, elements=("huber",))]
     groups = [(group, seeds) for group in verdicts] + [(group, seeds[:1]) for group in screened if screening]
     return list(
         dict.fromkeys(
@@ -215,9 +218,9 @@ def _teacher() -> list[Entry]:
     return [(Recipe(0), n, sampler) for sampler, n in samplers]
 
 
-def _distilled(n: int, *, on_policy: bool = False, direct: bool = False) -> list[Entry]:
+def _distilled(n: int, **changes: Any) -> list[Entry]:
     """At n calls: k-SeqRF-Distill with k = n, and plain reflow distilled to n steps, at the same cost."""
-    return [(Recipe(k, m=n // k, on_policy=on_policy, direct=direct), n, "euler") for k in sorted({1, n})]
+    return [(Recipe(k, m=n // k, **changes), n, "euler") for k in sorted({1, n})]
 
 
 def _on_policy(n: int) -> list[Entry]:
@@ -231,8 +234,8 @@ def _reflowed() -> list[Entry]:
 
 def _direct() -> list[Entry]:
     """Distilled from the teacher, without reflow: on its pairs, or on its trajectories, on policy."""
-    entries = [(Recipe(4, m=1, direct=True), 4, "euler")]
-    return entries + [entry for n in (4, 2, 8) for entry in _distilled(n, on_policy=True, direct=True)]
+    plain = [(Recipe(4, m=1, direct=True), 4, "euler")]
+    return plain + _distilled(4, direct=True, elements=BEST) + _distilled(4, direct=True, on_policy=True)
 
 
 def _others() -> list[Entry]:
@@ -251,19 +254,6 @@ def _budgets() -> list[Entry]:
     return [(recipe, 4, "euler") for recipe in recipes]
 
 
-def _with(*elements: str, on_policy: bool = False) -> list[Entry]:
-    """Recipe elements at 4 calls, for plain reflow and for 4 segments."""
-    return [(Recipe(k, m=4 // k, elements=elements, on_policy=on_policy), 4, "euler") for k in (1, 4)]
-
-
 def _elements() -> list[Entry]:
     """Each element alone."""
-    return [entry for name in (*ELEMENTS, *PAIR_ELEMENTS) for entry in _with(name)]
-
-
-def _combined() -> list[Entry]:
-    """What helps alone, together: on policy, and without reflow."""
-    best = ("huber", "cosine")
-    return _with("huber", on_policy=True) + [
-        (Recipe(k, m=4 // k, direct=True, elements=best), 4, "euler") for k in (1, 4)
-    ]
+    return [entry for name in (*ELEMENTS, *PAIR_ELEMENTS) for entry in _distilled(4, elements=(name,))]

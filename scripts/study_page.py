@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts import study  # noqa: E402
-from scripts.study_cells import BENCHES, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells  # noqa: E402
+from scripts.study_cells import BENCHES, BEST, ELEMENTS, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells  # noqa: E402
 from utils import local_path  # noqa: E402
 
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
@@ -130,12 +130,14 @@ def questions() -> list[Question]:
 def _segments_or_steps() -> list[Question]:
     """k segments of one step, or plain reflow distilled to k steps, with the same of everything else."""
     asked = []
-    for elements in ((), ("huber",), ("huber", "cosine")):
-        for n in (4,) if elements else (2, 4, 8):
+    for elements, calls in {(): (2, 4, 8), ("huber",): (4,), BEST: (2, 4, 8)}.items():
+        for n in calls:
             name = f"{n} segments against {n}-step distillation of plain reflow"
             name += f", both with {_named(elements)}" if elements else ""
             asked.append((name, Recipe(n, m=1, elements=elements), Recipe(1, m=n, elements=elements), n))
-    return asked
+    direct = {k: Recipe(k, m=4 // k, direct=True, elements=BEST) for k in (1, 4)}
+    name = f"4 segments against 4 steps, both distilled from the teacher without reflow, with {_named(BEST)}"
+    return [*asked, (name, direct[4], direct[1], 4)]
 
 
 def _reflow_alone() -> list[Question]:
@@ -150,10 +152,11 @@ def _on_policy() -> list[Question]:
         off, on = (
             {k: Recipe(k, m=n // k, on_policy=policy) for k in (1, n)} for policy in (False, True)
         )  # k of plain reflow, of n segments
-        direct = dataclasses.replace(on[n], direct=True)
         asked.append((f"{n} segments against {n}-step distillation, both on policy", on[n], on[1], n))
         asked += [(f"on against off policy, k = {k}", on[k], off[k], n) for k in (1, n)]
-        asked.append((f"{n} segments on policy: from the teacher against by way of reflow", direct, on[n], n))
+    reflowed = Recipe(4, m=1, on_policy=True)
+    direct = dataclasses.replace(reflowed, direct=True)
+    asked.append(("4 segments on policy: from the teacher against by way of reflow", direct, reflowed, 4))
     for k in (1, 4):
         huber = {policy: Recipe(k, m=4 // k, on_policy=policy, elements=("huber",)) for policy in (True, False)}
         asked.append((f"`huber`, k = {k}, on against off policy", huber[True], huber[False], 4))
@@ -175,7 +178,7 @@ def _ways_to_four_calls() -> list[Question]:
 def _elements() -> list[Question]:
     """Recipe elements beside the plain recipe, and the last beside the best alone."""
     alone: list[tuple[str, ...]] = [(name,) for name in (*ELEMENTS, *PAIR_ELEMENTS)]
-    tried = [(elements, ()) for elements in (*alone, ("huber", "cosine"))] + [(("huber", "cosine"), ("huber",))]
+    tried = [(elements, ()) for elements in (*alone, BEST)] + [(BEST, ("huber",))]
     asked = []
     for elements, beside in tried:
         for k in (1, 4):
