@@ -320,8 +320,9 @@ def section(bench: Bench, rows: list[Row]) -> str:
     tables = "\n\n".join(f"### NFE {n}\n\n{table(cells, n, bench.seeds[0])}" for n in NFES)
     return f"""## {bench.name}
 
-{len(here)} rows, {len(missing)} cells still to be run. Teacher `{bench.teacher}` ({here[0]["teacher"]}); budget of a
-model {bench.calls:,} network calls; {bench.samples} samples; devices: {devices}.
+{len(here)} rows, {len(missing)} cells still to be run, or run again with today's classifier. Teacher
+`{bench.teacher}` ({here[0]["teacher"]}); budget of a model {bench.calls:,} network calls; {bench.samples} samples;
+devices: {devices}.
 
 ### Verdicts
 
