@@ -294,8 +294,9 @@ def draw_figures(bench: Bench, cells: Cells) -> None:
     of_first = {key: [row for row in rows if row["seed"] == first] for key, rows in cells.items()}
     draw_series(cells, summary_series(), "nfe", calls, picture(bench, "summary"))
     draw_series(of_first, nfe_series(), "nfe", f"{calls} (one seed)", picture(bench, "nfe"))
-    cost = "network calls to make the model (one seed, NFE 4)"
-    draw_series(of_first, cost_series(), "network_calls", cost, picture(bench, "cost"))
+    if bench.screening:  # else of one budget
+        cost = "network calls to make the model (one seed, NFE 4)"
+        draw_series(of_first, cost_series(), "network_calls", cost, picture(bench, "cost"))
 
 
 def picture(bench: Bench, name: str) -> Path:
