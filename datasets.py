@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
-import parallel
+import distributed
 from runtime import tensorflow_on_cpu
 from utils import InputError
 
@@ -38,8 +38,8 @@ TFDS_SETS = {
 }
 # What scripts/prepare_dataset.py makes, where TFDS itself needs the network or does not know the data set.
 PREPARED_HERE = {
-    "fashion_mnist": "python scripts/prepare_dataset.py fashion_mnist --from FOLDER --to {folder}",
-    "images": "python scripts/prepare_dataset.py images --from FOLDER --to {folder} --size SIZE",
+    "fashion_mnist": "python -m scripts.prepare_dataset fashion_mnist --from FOLDER --to {folder}",
+    "images": "python -m scripts.prepare_dataset images --from FOLDER --to {folder} --size SIZE",
 }
 
 
@@ -337,7 +337,7 @@ def train_batches(
     batch_size: int,
     n_jitted_steps: int,
     start_step: int = 0,
-    host: parallel.Host | None = None,
+    host: distributed.Host | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless batches of this host, from the update `start_step` on.
 
@@ -356,10 +356,10 @@ def train_batches(
       [-1, 1] if `data.centered`, else in [0, 1].
 
     Raises:
-      InputError: as `image_source` and `parallel.Host.share`; while iterating, damaged files or images smaller than
+      InputError: as `image_source` and `distributed.Host.share`; while iterating, damaged files or images smaller than
         the crop.
     """
-    host = host or parallel.this_host()
+    host = host or distributed.this_host()
     share = host.share(batch_size)
     source = image_source(data)
     tf = tensorflow_on_cpu()
@@ -428,3 +428,8 @@ def _numpy(dataset, name: str) -> Iterator[np.ndarray]:
         without_graph_names = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", error.message, flags=re.DOTALL)
         reason = " ".join(without_graph_names.split())
         raise InputError(f"the data set {name} cannot be read: {reason}") from error
+
+
+def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """(H, W, C) of the run's images."""
+    return (config.data.image_size, config.data.image_size, config.data.num_channels)

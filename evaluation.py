@@ -11,35 +11,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
-import checkpoints
 import datasets
-import distances
-import features
-import figures
-import parallel
-import real_data
-import sampling
+import distributed
 import utils
-from distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from features import FeatureNetwork
-from real_data import RealData
+from metrics import distances, reference
+from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.feature_networks import FeatureNetwork
+from metrics.reference import Floor, RealData, _suffix, feature_distances
+from metrics.straightness import straightness
+from models.weights import fingerprint
 from sampler import Cost, Sampler, check_finite
-from utils import InputError
+from tracking import plots
 
 __all__ = [
-    "Floor",
     "Protocol",
     "Samples",
     "TrajectoryMetrics",
     "draw_samples",
     "evaluate_checkpoint",
-    "feature_distances",
-    "floor",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
@@ -52,105 +45,9 @@ __all__ = [
 
 SHOWN_IMAGES = 64
 SHOWN_PAIRS = 16  # of samples and the training images nearest to them
-TEST_SPLITS = ("test", "validation")  # what data sets call the images that are not trained on
 
 
 # --- distances to the data --------------------------------------------------------------------------------------------
-
-
-def feature_distances(real: RealData, fake: Float[np.ndarray, "n d"]) -> dict[str, float]:
-    """FID, KID and its error under their names in metrics.json; FID alone where only the moments are known.
-
-    Raises:
-      ValueError: as `distances.frechet_distance`.
-    """
-    suffix = _suffix(real.network)
-    found = {f"fid{suffix}": distances.frechet_distance_to(real.moments, fake)}
-    if real.features is None:
-        return found
-    kernel, error = distances.kernel_distance_and_error(real.features, fake, sums_a=real.kernel_sums)
-    return found | {f"kid{suffix}": kernel, f"kid_error{suffix}": error}
-
-
-def _suffix(network: FeatureNetwork) -> str:
-    return "" if network.name == "inception" else f"_{network.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """The distances that samples as good as the data would have.
-
-    Attributes:
-      images: 'test' or 'validation', the split that is compared with the reference; 'halves': one half of the reference
-        is compared with the other.
-      samples: how many images are compared ...
-      reference_samples: ... with how many; None where the reference is a file that does not say.
-    """
-
-    images: str
-    samples: int
-    reference_samples: int | None
-    distances: dict[str, float]
-
-    def metrics(self) -> dict[str, float | int]:
-        """As metrics.json has them."""
-        found: dict[str, float | int | None] = {**self.distances, "samples": self.samples}
-        found["reference_samples"] = self.reference_samples
-        return {f"floor_{name}": value for name, value in found.items() if value is not None}
-
-
-def floor(
-    real: RealData,
-    data: ml_collections.ConfigDict,
-    batch_size: int,
-    count: int | None = None,
-    cache_dir: epath.PathLike | None = None,
-) -> Floor | None:
-    """The distances of the data set's test images to the reference; without test images those of two halves of it.
-
-    Computed once, then read from the cache. None where a reference file has moments alone and there are no test images.
-
-    Args:
-      data: `config.data`.
-      count: test images to compare; None: all. The FID of few samples is larger, so floors compare at equal counts.
-      cache_dir: as `real_data.of_config`.
-    """
-    folder = str(features.cache_folder() if cache_dir is None else cache_dir)
-    return _floor(real, ml_collections.FrozenConfigDict(data), batch_size, count, folder)
-
-
-@functools.lru_cache(maxsize=8)
-def _floor(real: RealData, data, batch_size: int, count: int | None, cache_dir: str) -> Floor | None:
-    source = _test_images(data)
-    if source is not None:
-        split, images = source
-        other = real_data.of_images(real.network, images, batch_size, split=split, cache_dir=cache_dir)
-        against, fake, made_of = real, other.features, other.record["sha256"]
-    elif real.features is not None:
-        order = np.random.default_rng(0).permutation(len(real.features))
-        half, rest = np.array_split(real.features[order], 2)
-        against = real_data.of_features(real.network, half)
-        split, fake, made_of = "halves", rest, "halves"
-    else:
-        return None
-    assert fake is not None
-    fake = fake[:count]
-
-    def compute() -> dict[str, np.ndarray]:
-        return {name: np.array(value) for name, value in feature_distances(against, fake).items()}
-
-    key = features.key(real_data.FORMAT, real.record["sha256"], made_of, len(fake))
-    found = features.cached(f"floor_{real.network.name}_{key}.npz", compute, cache_dir, shared=True)
-    return Floor(split, len(fake), against.count, {name: float(value) for name, value in found.items()})
-
-
-def _test_images(data) -> tuple[str, datasets.ImageSource] | None:
-    for split in TEST_SPLITS:
-        try:
-            return split, datasets.image_source(data, split)
-        except InputError:
-            continue
-    return None
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
@@ -192,19 +89,19 @@ def draw_samples(
     arrays: list[np.ndarray] = []
     for first, x in sampler.device_samples(params, count, batch_size, cost):
         levels = _levels_program(centered)(x)
-        found = parallel.gather(network.measure(levels))
+        found = distributed.gather(network.measure(levels))
         arrays = arrays or [np.empty((count, part.shape[1]), np.float32) for part in found]
         for array, part in zip(arrays, found, strict=True):
             array[first : first + len(part)] = part[: count - first]
         if first < kept_images:
-            images.append(parallel.gather(np.asarray(levels).reshape(-1, *sampler.image_shape)))
+            images.append(distributed.gather(np.asarray(levels).reshape(-1, *sampler.image_shape)))
     features_of_all, logits = arrays
     return Samples(features_of_all, logits, np.concatenate(images)[: min(kept_images, count)], cost)
 
 
 @functools.cache
 def _levels_program(centered: bool):
-    return parallel.map_devices(functools.partial(datasets.levels, centered=centered))
+    return distributed.map_devices(functools.partial(datasets.levels, centered=centered))
 
 
 def sample_quality(
@@ -232,11 +129,11 @@ def _quality(real: RealData, samples: Samples) -> dict[str, float | int]:
 
 def _precision_recall(real: RealData, samples: Samples, count: int) -> dict[str, float]:
     """Precision and recall of at most `count` samples and as many images; nothing for 0."""
-    if not count or real.features is None or min(len(real.features), len(samples.features)) <= real_data.NEIGHBOURS:
+    if not count or real.features is None or min(len(real.features), len(samples.features)) <= reference.NEIGHBOURS:
         return {}
     images, radii = real.neighbourhood(count)
-    fake = samples.features[real_data.spread(len(samples.features), count)]
-    found = precision_recall(images, fake, real_data.NEIGHBOURS, real_radii=radii)
+    fake = samples.features[reference.spread(len(samples.features), count)]
+    found = precision_recall(images, fake, reference.NEIGHBOURS, real_radii=radii)
     return {f"{name}{_suffix(real.network)}": value for name, value in zip(("precision", "recall"), found, strict=True)}
 
 
@@ -276,12 +173,12 @@ def _draw_nearest(path: epath.Path, real: RealData, samples: Samples, found: dic
     rows = {"sample": samples.images[order]}
     for kind, nearest in found.items():
         rows[f"nearest in {kind}"] = real.images[nearest.images[order]]
-    figures.draw_rows(path, rows)
+    plots.draw_rows(path, rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryMetrics:
-    """Straightness over many noises (see `sampling.Straightness`), as NumPy values."""
+    """Straightness over many noises (see `metrics.straightness.Straightness`), as NumPy values."""
 
     straightness: float
     sequential_straightness: float
@@ -304,12 +201,12 @@ def trajectory_metrics(
 
     def measure(sampler: Sampler, params: Any, indices: jax.Array) -> Any:
         solved: Any = sampler.solve(params, sampler.noise(indices), save_trajectory=True)
-        return sampling.straightness(solved.ts, solved.xs, boundaries)
+        return straightness(solved.ts, solved.xs, boundaries)
 
     name = f"straightness over {' '.join(f'{b:.9g}' for b in boundaries)}"  # they are part of the program
     per_device = sampler.trajectories_per_device(min(batch_size, count))
     runs = sampler.map_noises(name, measure, params, count, per_device)
-    batches = [parallel.gather(jax.device_get(curves)) for _, curves, _ in runs]
+    batches = [distributed.gather(jax.device_get(curves)) for _, curves, _ in runs]
     # Every batch and device has the same number of noises, so means of means are means.
     mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
     check_finite(np.isfinite(mean.total), sampler)
@@ -413,8 +310,8 @@ def evaluate_checkpoint(
         kept_images=max(SHOWN_IMAGES, protocol.nearest_samples),
     )
     nearest = _nearest(real, samples, protocol.nearest_samples)
-    if parallel.is_first_host():
-        figures.draw_images(folder / "samples.png", samples.images[:SHOWN_IMAGES] / np.float32(255))
+    if distributed.is_first_host():
+        plots.draw_images(folder / "samples.png", samples.images[:SHOWN_IMAGES] / np.float32(255))
         _draw_nearest(folder / "nearest.png", real, samples, nearest)
         _keep_straightness(metrics, protocol.boundaries, folder)
         if protocol.save_trajectory:
@@ -436,12 +333,12 @@ def evaluate_checkpoint(
 def _keep_trajectory(sampler: Sampler, params: Any, protocol: Protocol, folder: epath.Path) -> None:
     ts, xs = sampler.trajectory(params, min(protocol.batch_size, SHOWN_IMAGES))
     utils.write_arrays(folder / "trajectory.npz", ts=ts, xs=xs)
-    figures.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, protocol.centered))
+    plots.draw_trajectories(folder / "trajectory.png", ts, xs, lambda x: datasets.unscale(x, protocol.centered))
 
 
 def _keep_straightness(metrics: TrajectoryMetrics, boundaries, folder: epath.Path) -> None:
     curves = {"straightness": metrics.curve, "sequential straightness": metrics.sequential_curve}
-    figures.draw_straightness(folder / "straightness.png", metrics.ts, curves, boundaries)
+    plots.draw_straightness(folder / "straightness.png", metrics.ts, curves, boundaries)
     utils.write_arrays(
         folder / "straightness.npz",
         ts=metrics.ts,
@@ -479,7 +376,7 @@ def settings(
       data: the name of the data set.
     """
     return {
-        "weights": checkpoints.fingerprint(params),
+        "weights": fingerprint(params),
         "sampling": sampling,
         "boundaries": [float(b) for b in sampler.boundaries],
         "measured_boundaries": [float(b) for b in protocol.boundaries],

@@ -21,8 +21,7 @@ import numpy as np
 import tqdm
 
 import datasets
-import figures
-import parallel
+import distributed
 import runtime
 import sampling
 import utils
@@ -32,6 +31,7 @@ from pairs import npz, workers
 from pairs import plan as pairplan
 from pairs.plan import PairPlan
 from pairs.reader import PairSet
+from tracking import plots
 from utils import InputError
 
 __all__ = ["PairSet", "Summary", "adaptive_boundaries", "generate"]
@@ -102,7 +102,7 @@ def generate(
         workers.remove_temporaries(plan)
         plan = pairmanifest.claim_plan(plan, extra or {})
         of_worker = workers.files_of_worker(plan, worker)
-        share = parallel.this_host().items(of_worker)
+        share = distributed.this_host().items(of_worker)
         todo = workers.files_to_make(plan, share)
         total, missing = (sum(map(plan.count, numbers)) for numbers in (share, todo))
         with tqdm.tqdm(initial=total - missing, total=total, unit="pair", disable=not progress) as bar:
@@ -152,10 +152,10 @@ def _draw(plan, arrays, layout):
     unscale = functools.partial(datasets.unscale, centered=plan.centered)
     if plan.is_trajectory:
         picture, ts = plan.folder.parent / "trajectories.png", np.asarray(plan.boundaries)
-        figures.draw_trajectories(picture, ts, arrays["xs"].swapaxes(0, 1), unscale)
+        plots.draw_trajectories(picture, ts, arrays["xs"].swapaxes(0, 1), unscale)
     else:
         picture = plan.folder.parent / "pairs.png"
-        figures.draw_pairs(picture, arrays["x1"], arrays["x0"], layout.segment, plan.boundaries, unscale)
+        plots.draw_pairs(picture, arrays["x1"], arrays["x0"], layout.segment, plan.boundaries, unscale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +260,10 @@ def _compiled_solver(plan, size, make_velocity, params):
 
     # Only this host's devices: the hosts make different files, in their own time.
     devices = jax.local_device_count()
-    params = parallel.replicate(params)
+    params = distributed.replicate(params)
     times = np.zeros((devices, plan.k) if plan.is_trajectory else devices, np.float32)
     x = np.zeros((devices, size, *plan.image_shape), np.float32)
-    program = parallel.map_devices(solve_trajectory if plan.is_trajectory else solve_segment)
+    program = distributed.map_devices(solve_trajectory if plan.is_trajectory else solve_segment)
     program = program.lower(params, x, times, times, times.astype(np.int32)).compile()
 
     def solve_batches(batches):

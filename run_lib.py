@@ -6,12 +6,12 @@ import re
 import jax
 from etils import epath
 
-import features
+import distributed
 import runtime
-from configs.check import check_batches, check_config, segments_of
+from configs.validation import check_batches, check_config, segments_of
+from jobs.builders import Config
 from jobs.evaluate import evaluate_checkpoints
 from jobs.generate import generate_pairs
-from jobs.parts import Config
 from jobs.sample import sample_checkpoint
 from jobs.stages import STAGES, stage_of
 from jobs.train import train_stage
@@ -62,8 +62,8 @@ def _prepare(config: Config, mode: str) -> Config:
     """
     check_config(config, mode)
     config = _resolve_segments(config)
-    runtime.start_hosts()
-    runtime.set_up_compilation_cache(features.cache_folder() / "compiled")
+    distributed.start_hosts()
+    runtime.set_up_compilation_cache(runtime.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count())
     return config
 

@@ -4,7 +4,6 @@ Importing this module imports nothing heavy, so that `main.py --help` answers at
 """
 
 import contextlib
-import faulthandler
 import logging
 import os
 import re
@@ -16,18 +15,18 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import jax
+from etils import epath
 
 logger = logging.getLogger("seqrf")
 
-HOSTS_WAIT_SECONDS = 24 * 3600  # at the end, for the first host, which alone draws snapshots
-HEARTBEAT_SECONDS = 30  # of silence, after which a host counts as dead
-JOIN_SECONDS = 300
 # What collectives say when a host has gone: a status, then Gloo (CPU), NCCL (GPU) or the coordination service (all).
 LOST_HOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|[Pp]eer|heartbeat|unhealthy|[Cc]oordination)")
 HOST_SETTINGS: dict[str, Callable] = {"coordinator_address": str, "num_processes": int, "process_id": int}
 # A bucket that is lost ends a run within about a minute: 15 s of attempts a call, where TensorFlow makes them for four
-# minutes, and 5 s for a connection in place of two minutes. Of tensorstore checkpoints.py limits the attempts.
+# minutes, and 5 s for a connection in place of two minutes. Of tensorstore checkpointing/runs.py limits the attempts.
 BUCKET_SETTINGS = {
     "GCS_RETRY_CONFIG_MAX_RETRIES": "4",
     "GCS_REQUEST_CONNECTION_TIMEOUT_SECS": "5",
@@ -153,46 +152,6 @@ class Preemption:
 preemption = Preemption()  # of this process
 
 
-def start_hosts() -> None:
-    """Joins the hosts of this job, where the environment names them; else this process works alone.
-
-    They are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (main.py's flags of these names);
-    what is not given comes from the cluster, as JAX finds it: a TPU pod, Slurm, Open MPI. JAX_NUM_PROCESSES=1 joins
-    nobody. A host that does not come in JOIN_SECONDS, or is silent for HEARTBEAT_SECONDS later, ends the others: JAX's
-    runtime says which one and aborts the process.
-
-    Raises:
-      InputError: values that cannot be, or some of the three missing.
-    """
-    import jax
-
-    from utils import InputError
-
-    given = _named_hosts()
-    if jax.distributed.is_initialized() or given.get("num_processes") == 1:
-        return
-    cluster = _cluster()
-    if not given and (cluster is None or cluster.get_process_count() == 1):
-        return
-    missing = [f"--{name}" for name in HOST_SETTINGS if name not in given]
-    if missing and cluster is None:
-        raise InputError(f"several hosts need {', '.join(missing)} too (or JAX_NUM_PROCESSES and so on)")
-    where = cluster.name if cluster else given["coordinator_address"]
-    logger.info("waiting for the hosts of this job (%s), up to %d s; --num_processes=1: alone", where, JOIN_SECONDS)
-    faulthandler.disable()  # absl's: an abort would print the stacks of all threads after the line that matters
-    try:
-        jax.distributed.initialize(
-            **given,
-            cluster_detection_method=cluster.name if cluster else "deactivate",
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HOSTS_WAIT_SECONDS,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the hosts of this job cannot be joined: {str(error).splitlines()[0]}") from error
-    logger.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-
-
 def leave(code: int, *, agreed: bool = False) -> NoReturn:
     """Ends the process, one of several hosts without waiting for the others, which wait for it, unless all agreed."""
     if _has_hosts() and not agreed:
@@ -225,25 +184,6 @@ def _has_hosts() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
-def _named_hosts() -> dict[str, Any]:
-    """The arguments of `jax.distributed.initialize` that the environment holds."""
-    from utils import InputError
-
-    values = {name: value for name in HOST_SETTINGS if (value := os.environ.get(f"JAX_{name.upper()}"))}
-    try:
-        return {name: HOST_SETTINGS[name](value) for name, value in values.items()}
-    except ValueError as error:
-        raise InputError(f"--num_processes and --process_id are whole numbers: {error}") from error
-
-
-def _cluster() -> Any:
-    """The cluster that this process was started in, as JAX knows it; None: none that runs several processes."""
-    from jax._src import clusters  # what jax.distributed.initialize asks, which has no public door
-
-    known = (clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster)
-    return next((cluster for cluster in known if cluster.is_env_present()), None)
-
-
 def _without_late_errors(hook):
     """`hook` for errors that nobody can catch, without those of writes, and of wandb, after a failure that was told."""
 
@@ -257,7 +197,6 @@ def _without_late_errors(hook):
 
 def set_up_compilation_cache(folder: os.PathLike) -> None:
     """Keeps compiled programs in `folder`, unless the user has named another one; warns if that cannot be written."""
-    import jax
 
     import utils
 
@@ -304,3 +243,8 @@ def _without_startup_messages() -> Iterator[None]:
             for line in held:
                 if not STARTUP_MESSAGES.match(line):
                     os.write(2, line)
+
+
+def cache_folder() -> epath.Path:
+    """Where trained classifiers and features are kept: $SEQRF_CACHE, else ~/.cache/seqrf."""
+    return epath.Path(os.environ.get("SEQRF_CACHE") or "~/.cache/seqrf").expanduser()

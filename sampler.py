@@ -16,13 +16,13 @@ from etils import epath
 from jaxtyping import Array, Float, Int, UInt32
 
 import adaptive
-import checkpoints
 import datasets
+import distributed
 import models
-import parallel
 import runtime
 import sampling
 import segments
+from checkpointing import runs
 from utils import InputError
 
 FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
@@ -49,8 +49,8 @@ class Cost:
 
     def summary(self) -> dict[str, float | int]:
         """Mean NFE of a batch, mean and maximum NFE of an image, seconds for 1000 samples; of all hosts together."""
-        nfe, each = (parallel.gather(np.concatenate(x).astype(np.float32)) for x in (self.nfe, self.nfe_each))
-        images, seconds = parallel.gather(np.array([[self.images, self.seconds]], np.float32)).T
+        nfe, each = (distributed.gather(np.concatenate(x).astype(np.float32)) for x in (self.nfe, self.nfe_each))
+        images, seconds = distributed.gather(np.array([[self.images, self.seconds]], np.float32)).T
         return {
             "nfe": float(np.mean(nfe, dtype=np.float64)),
             "nfe_mean": float(np.mean(each, dtype=np.float64)),
@@ -124,8 +124,8 @@ class Sampler:
           An iterator of (index of the batch's first noise, results [local devices, ...], seconds).
         """
         devices = jax.local_device_count()
-        host = parallel.this_host() if all_hosts else parallel.Host(0, 1, devices)
-        arguments = parallel.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
+        host = distributed.this_host() if all_hosts else distributed.Host(0, 1, devices)
+        arguments = distributed.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
         share = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
         indices = share + host.index * share.size
 
@@ -135,7 +135,7 @@ class Sampler:
 
         key = name, per_device, self.time_grid is None, tuple(sorted(self.options.items()))
         if key not in self._programs:
-            program: Any = parallel.map_devices(on_device)
+            program: Any = distributed.map_devices(on_device)
             self._programs[key] = program.lower(arguments, indices).compile()
         starts = range(0, count, host.count * share.size)
 
@@ -191,7 +191,7 @@ class Sampler:
         Arguments and errors as `device_samples`; the samples of all hosts are gathered, so all must call.
         """
         for first, x in self.device_samples(params, count, batch_size, cost, **noises):
-            yield parallel.gather(np.asarray(x).reshape(-1, *self.image_shape))[: count - first]
+            yield distributed.gather(np.asarray(x).reshape(-1, *self.image_shape))[: count - first]
 
     def trajectory(self, params: Any, count: int) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n images h w c"]]:
         """Times [n] and states [n, images, H, W, C] of the trajectories of the first noises.
@@ -372,7 +372,7 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
     """The sampler of a trained model, without configuration or flags.
 
     Args:
-      path: as in `checkpoints.load_weights`: an exported model, or a run's folder, stage or checkpoint.
+      path: as in `checkpointing.runs.load_weights`: an exported model, or a run's folder, stage or checkpoint.
       batch_size: the most images that are solved together, on all local devices.
 
     Raises:
@@ -380,9 +380,9 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
     """
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise InputError(f"batch_size = {batch_size!r}: use a whole number of images, at least 1")
-    metadata = checkpoints.read_metadata(path)
-    config = checkpoints.own_config(metadata)
-    weights = checkpoints.load_weights(path, config)  # before the network is made, since it names the path in errors
+    metadata = runs.read_metadata(path)
+    config = runs.own_config(metadata)
+    weights = runs.load_weights(path, config)  # before the network is made, since it names the path in errors
     size = config.data.image_size
     network = Sampler(
         model=models.create_model(config),
@@ -391,7 +391,7 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
         options={},
         seed=0,
     )
-    steps = (len(network.boundaries) - 1) * checkpoints.distill_steps(metadata)
+    steps = (len(network.boundaries) - 1) * runs.distill_steps(metadata)
     return TrainedSampler(network, weights.ema_params, config.data.centered, steps, int(batch_size))
 
 

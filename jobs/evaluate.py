@@ -14,20 +14,16 @@ import numpy as np
 import tqdm
 from etils import epath
 
-import checkpoints
+import distributed
 import evaluation
 import models
-import parallel
-import provenance
-import real_data
 import runtime
-import sources
-import tracking
 import utils
-from configs.check import check_steps
+from checkpointing import runs
 from configs.default import is_given
-from configs.samplers import sampler_configs
-from jobs.parts import (
+from configs.validation import check_steps, sampler_configs
+from jobs import stages
+from jobs.builders import (
     Config,
     log_pictures,
     measured_boundaries,
@@ -38,8 +34,12 @@ from jobs.parts import (
     tracker_of,
 )
 from jobs.stages import stage_of
+from metrics import reference
+from models.weights import fingerprint
 from pairs import manifest as pairmanifest
 from sampler import Sampler
+from tracking import provenance
+from tracking.tracker import Tracker
 
 logger = logging.getLogger("seqrf")
 
@@ -55,8 +55,8 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
       InputError: no checkpoint, no data, no feature network; a setting that cannot work.
     """
     stage = stage_of(config, config.eval.reflow_mode)
-    found = sources.checkpoints_to_evaluate(config, workdir / stage.folder)
-    config.training.reflow_t = sources.evaluated_segments(config, next(iter(found.values())))
+    found = stages.checkpoints_to_evaluate(config, workdir / stage.folder)
+    config.training.reflow_t = stages.evaluated_segments(config, next(iter(found.values())))
     for each in sampler_configs(config).values() or [config]:
         check_steps(each, "eval")
     utils.check_writable((workdir / eval_folder).parent)  # not the workdir: figures can be measured elsewhere
@@ -71,7 +71,7 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
         for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
             weights = loaded.pop(step, None) or source.load()
             step, params = int(weights.step) if step is None else step, weights.ema_params
-            sampler = sampler_over(*sources.evaluated_boundaries(config, workdir, source).tolist())
+            sampler = sampler_over(*stages.evaluated_boundaries(config, workdir, source).tolist())
             references = {"truncation_error": _reference(config, sampler, params)} | judged_by
             origin = {
                 "workdir": os.fspath(utils.absolute(workdir)),
@@ -83,7 +83,7 @@ def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, 
                 _check_stop(f"before checkpoint {step} was measured")
                 _measure(part, checkpoint, real)
     for part in parts:
-        if parallel.is_first_host():
+        if distributed.is_first_host():
             evaluation.mark_best(part.folder, checkpoint.step)
         logger.info("metrics and pictures are in %s", part.folder)
 
@@ -100,7 +100,7 @@ class _Measurement:
 
     config: Config
     folder: epath.Path
-    tracker: tracking.Tracker
+    tracker: Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _recipe_mark(config) -> str:
 def _check_stop(where: str):
     """Raises Preempted on every host if one of them has been asked to stop; all must call."""
     is_asked = runtime.preemption.requested is not None
-    if parallel.gather(np.array([is_asked])).any():
+    if distributed.gather(np.array([is_asked])).any():
         raise runtime.preemption.stopped(where)
 
 
@@ -161,13 +161,13 @@ def _teacher(config, workdir, sampler_over: Callable[..., Sampler]) -> tuple[str
     """(fingerprint, {'rms_to_teacher': its reference solves}) of the teacher; (None, {}): samples are not compared."""
     if not is_given(config.eval.teacher):
         return None, {}
-    source = sources.checkpoint_at(config.eval.teacher, config)
-    params, boundaries = source.load().ema_params, sources.evaluated_boundaries(config, workdir, source)
+    source = runs.checkpoint_at(config.eval.teacher, config)
+    params, boundaries = source.load().ema_params, stages.evaluated_boundaries(config, workdir, source)
     reference = _reference(config, sampler_over(*boundaries.tolist()), params)
-    return checkpoints.fingerprint(params), {"rms_to_teacher": reference}
+    return fingerprint(params), {"rms_to_teacher": reference}
 
 
-def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData) -> None:
+def _measure(part: _Measurement, checkpoint: _Measured, real: reference.RealData) -> None:
     """Writes the numbers of a checkpoint to `<folder>/step_<step>/metrics.json`, unless they are there already."""
     config, folder = part.config, part.folder / f"step_{checkpoint.step}"
     sampler = dataclasses.replace(checkpoint.sampler, options=sampler_options(config))
@@ -182,7 +182,7 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData
     )
     if checkpoint.teacher:
         settings["teacher"] = checkpoint.teacher
-    if parallel.agreed(utils.read_json(folder / "metrics.json", {}).get("settings") == settings):
+    if distributed.agreed(utils.read_json(folder / "metrics.json", {}).get("settings") == settings):
         logger.info("%s is measured already", folder)
         return
     began = time.perf_counter()
@@ -199,7 +199,7 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData
         "images_per_second": 1000 / values["seconds_per_1000"],
     }
     named = {"step": checkpoint.step, "model": checkpoint.model_name, "sampler": sampler.name}
-    if parallel.is_first_host():
+    if distributed.is_first_host():
         utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
     part.tracker.log(checkpoint.step, values)
     log_pictures(part.tracker, checkpoint.step, folder)
@@ -207,15 +207,15 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: real_data.RealData
     part.tracker.flush()
 
 
-def _pair_sets(workdir, source: sources.CheckpointRef) -> dict[str, str]:
+def _pair_sets(workdir, source: runs.CheckpointRef) -> dict[str, str]:
     """The hashes of the manifests of the workdir's pairs and trajectories, for a checkpoint trained on pairs."""
     if source.metadata.get("teacher") is None:
         return {}
-    folders = sources.PAIRS, sources.TRAJECTORIES
+    folders = stages.PAIRS, stages.TRAJECTORIES
     return provenance.file_hashes(utils.absolute(workdir) / folder / pairmanifest.MANIFEST for folder in folders)
 
 
-def _protocol(config, sampler: Sampler, real: real_data.RealData) -> evaluation.Protocol:
+def _protocol(config, sampler: Sampler, real: reference.RealData) -> evaluation.Protocol:
     return evaluation.Protocol(
         num_samples=config.eval.num_samples,
         straightness_samples=config.eval.straightness_samples,
@@ -226,7 +226,7 @@ def _protocol(config, sampler: Sampler, real: real_data.RealData) -> evaluation.
         save_trajectory=config.eval.save_trajectory,
         precision_recall_samples=config.eval.precision_recall_samples,
         nearest_samples=config.eval.nearest_samples,
-        floor=evaluation.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
+        floor=reference.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
         if config.eval.floor
         else None,
     )

@@ -9,24 +9,20 @@ import numpy as np
 from etils import epath
 
 import adaptive
-import checkpoints
 import datasets
-import figures
 import models
 import reflow
 import segments
-import sources
 import utils
-from jobs.parts import (
-    Config,
-    log_pictures,
-    sampler_of,
-    tracker_of,
-)
+from checkpointing import runs
+from jobs import stages
+from jobs.builders import Config, log_pictures, sampler_of, tracker_of
 from jobs.stages import STAGES
+from models.weights import fingerprint
 from pairs import manifest as pairmanifest
 from pairs.plan import PairPlan, plan_pairs
 from pairs.workers import worker_of
+from tracking import plots
 
 logger = logging.getLogger("seqrf")
 
@@ -39,9 +35,9 @@ def generate_pairs(config: Config, workdir: epath.Path, log_name: str) -> None:
     """
     utils.check_writable(workdir / "samples")
     images = datasets.image_source(config.data)
-    source: Any = sources.starting_checkpoint(config, workdir / STAGES["rf"].folder)
+    source: Any = stages.starting_checkpoint(config, workdir / STAGES["rf"].folder)
     weights = source.load()
-    checkpoints.log_source(source.name, weights, centered=config.data.centered)
+    runs.log_source(source.name, weights, centered=config.data.centered)
     model, teacher = models.create_model(config), weights.ema_params
     boundaries, extra = _pair_boundaries(config, workdir, model, teacher)
     plan = _pair_plan(config, workdir, images, boundaries, teacher)
@@ -72,20 +68,20 @@ def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teache
     training, data, sampling = config.training, config.data, config.sampling
     is_trajectory = training.reflow_pairs == "trajectory"
     return plan_pairs(
-        folder=workdir / (sources.TRAJECTORIES if is_trajectory else sources.PAIRS),
+        folder=workdir / (stages.TRAJECTORIES if is_trajectory else stages.PAIRS),
         boundaries=boundaries,
         pairs=training.n_reflow_data,
         file_size=training.reflow_file_size,
         dtype=training.reflow_dtype,
         store_noise=training.reflow_store_noise,
-        image_shape=sources.image_shape(config),
+        image_shape=datasets.image_shape(config),
         dataset=images.identity,
         dataset_size=images.size,
         centered=data.centered,
         flip=data.random_flip,
         dequantize=data.uniform_dequantization,
         seed=config.seed,
-        teacher=checkpoints.fingerprint(teacher),
+        teacher=fingerprint(teacher),
         tol=sampling.tol,
         solver=sampling.solver,
         error_norm=sampling.error_norm,
@@ -97,7 +93,7 @@ def _pair_plan(config, workdir, images: datasets.ImageSource, boundaries, teache
 def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[str, Any]]:
     """(boundaries, their entries in the manifest): of pairs or trajectories begun before, else as configured."""
     k, is_adaptive = config.training.reflow_t, config.training.adaptive_interval
-    for folder in (sources.PAIRS, sources.TRAJECTORIES):
+    for folder in (stages.PAIRS, stages.TRAJECTORIES):
         manifest = pairmanifest.read_manifest(workdir / folder)
         if manifest is not None and (manifest["k"], manifest.get("adaptive")) == (k, is_adaptive):
             names = {"adaptive", "cost_adaptive", "cost_uniform"} & manifest.keys()
@@ -108,5 +104,5 @@ def _pair_boundaries(config, workdir, model, teacher) -> tuple[np.ndarray, dict[
     partition = adaptive.best_partition(sampler.fine_distances(teacher), k)
     costs = partition.cost, partition.uniform_cost
     logger.info("SeqRF-Ada: boundaries %s, cost %.4g (uniform %.4g)", partition.boundaries, *costs)
-    figures.draw_partition(workdir / "samples" / "division.png", partition)
+    plots.draw_partition(workdir / "samples" / "division.png", partition)
     return partition.boundaries, {"adaptive": True, "cost_adaptive": costs[0], "cost_uniform": costs[1]}

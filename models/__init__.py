@@ -9,7 +9,8 @@ from models.factory import (
     velocity_fn,
     weight_shapes,
 )
-from models.torch_checkpoint import Weights, export_torch, import_torch
+from models.pytorch.checkpoint import export_torch, import_torch
+from models.weights import Weights
 
 __all__ = [
     "Weights",

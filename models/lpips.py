@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
-from models import torch_file
+from models.pytorch import file as torch_file
 from utils import InputError
 
 SIZE = 224  # the images' height and width, as VGG16 was trained

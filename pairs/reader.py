@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 import datasets
-import parallel
+import distributed
 import segments
 from pairs import manifest as pairmanifest
 from pairs import npz
@@ -126,7 +126,7 @@ class FileSet(abc.ABC):
           batch_size: of this host.
           seed: of the shuffle.
           start: the first batch.
-          shard: (index of this host, number of hosts); None: as in `parallel.this_host`.
+          shard: (index of this host, number of hosts); None: as in `distributed.this_host`.
 
         Returns:
           An iterator of batches {name: [B, ...]}, see the class.
@@ -135,7 +135,7 @@ class FileSet(abc.ABC):
           ValueError: invalid batch_size, start or shard.
           InputError: while iterating, a damaged file.
         """
-        host = parallel.this_host()
+        host = distributed.this_host()
         host_index, hosts = shard or (host.index, host.count)
         if batch_size < 1 or start < 0 or not 0 <= host_index < hosts:
             raise ValueError(f"invalid batch_size = {batch_size}, start = {start} or shard = {(host_index, hosts)}")
@@ -403,3 +403,39 @@ def _made_ahead(stream, firsts, count):
                     yield waiting.popleft().result()
         finally:
             reader.shutdown(cancel_futures=True)
+
+
+class TrajectorySet(FileSet):
+    """The trajectory set in a folder; see `FileSet`.
+
+    Its batches are {"states": float32 [B, k + 1, H, W, C]}: states[:, 0] is the noise, states[:, i] the state of the
+    teacher's ODE from there at boundary i.
+
+    Args:
+      folder: of the files, perhaps behind a symbolic link or on a read-only disk.
+      partial: use the existing files of a set that is not complete.
+      expect: entries that the manifest must have, such as {"k": 4, "teacher": "..."}.
+
+    Raises:
+      InputError: no trajectories, an incomplete or damaged set, or another one than expected.
+    """
+
+    reflow_pairs = "trajectory"
+
+    def __init__(self, folder: epath.PathLike, partial: bool = False, expect: dict[str, Any] | None = None):
+        super().__init__(folder, partial, expect)
+        self.arrays = {"states": ((self.k + 1, *self.image_shape), np.float32)}
+
+    def _opened(self, file: npz.PairFile, number: int) -> OpenFile:
+        return OpenFile(file, {}, {"states": functools.partial(file.read_rows, "xs")})
+
+
+def check_same_teacher(trajectories: TrajectorySet, pairs: PairSet) -> None:
+    """Checks that pairs and trajectories can be used together: made by the same teacher, on the same segments.
+
+    Raises:
+      InputError: the first entry of the manifests that differs.
+    """
+    names = ("teacher", "boundaries", "image_shape", "centered")
+    expect = {name: pairs.manifest[name] for name in names if name in pairs.manifest}
+    trajectories.check_expected(expect, f"the pairs in {pairs.folder} with")

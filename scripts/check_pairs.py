@@ -1,4 +1,4 @@
-"""Checks every byte of a pair set: python scripts/check_pairs.py FOLDER [--repair].
+"""Checks every byte of a pair set: python -m scripts.check_pairs FOLDER [--repair].
 
 Prints a line for each file that is broken, cannot be read or is missing. --repair removes the broken ones, so that
 gen_reflow makes them again. The exit status is 0 if the set is whole, or was broken and is repaired as far as this
@@ -7,9 +7,6 @@ script can; else 1; 2 if there is no set to check.
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tqdm

@@ -1,6 +1,6 @@
 """Exports a trained model as a folder that can be given away: weights, config.json and a model card.
 
-    python scripts/export.py runs/digits/2_rf model_zoo/digits_2seqrf --name "2-SeqRF on digits"
+    python -m scripts.export runs/digits/2_rf model_zoo/digits_2seqrf --name "2-SeqRF on digits"
 
 RUN is a run's folder, one of its stages or checkpoints, or an exported model. OUT holds model.safetensors (the EMA of
 the weights; --full: the weights and Adam's moments too), config.json, README.md and samples.png, laid out as model hubs
@@ -17,8 +17,6 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 PAPER = "https://arxiv.org/abs/2402.06461"
 ADAPTIVE = {"tol": 1e-3}
 
@@ -33,7 +31,7 @@ def model_name(metadata: dict[str, Any]) -> str:
 
 def source_name(source: str) -> str:
     """Where a model started from, without this machine's path: run and step, 'k4/2_rf, step 450', or the last part."""
-    import exported
+    from checkpointing import exported
 
     path = pathlib.PurePath(source)
     if path.parent.name == "checkpoints":
@@ -45,11 +43,11 @@ def source_name(source: str) -> str:
 
 def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
-    import checkpoints
+    from checkpointing import runs
 
     stage, k = metadata["stage"], metadata["k"]
     if stage.startswith("2_distill"):
-        return [{"num_scales": k * checkpoints.distill_steps(metadata)}]
+        return [{"num_scales": k * runs.distill_steps(metadata)}]
     if stage.startswith("2_"):
         return [{"num_scales": 2 * k}, {"num_scales": k}, ADAPTIVE]
     return [ADAPTIVE, {"num_scales": 20, "predictor": "rf_solver_heun"}]
@@ -165,24 +163,24 @@ Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata
 
 def export(options: argparse.Namespace) -> None:
     """Writes the folder. Raises InputError where RUN is no model or OUT is something else."""
-    import checkpoints
-    import exported
-    import figures
     import sampler
+    from checkpointing import exported, runs
+    from models.weights import fingerprint
+    from tracking import plots
     from utils import InputError, atomic_path
 
     out = options.out
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
         raise InputError(f"{out} exists and holds something else; name a new folder")
-    metadata = checkpoints.read_metadata(options.run)
-    weights = checkpoints.load_weights(options.run, checkpoints.own_config(metadata), ema_rate=options.ema_rate)
+    metadata = runs.read_metadata(options.run)
+    weights = runs.load_weights(options.run, runs.own_config(metadata), ema_rate=options.ema_rate)
     metadata["source"] = source_name(metadata.get("source") or "")
-    metrics = measured(options.run, options.metrics, checkpoints.fingerprint(weights.ema_params))
+    metrics = measured(options.run, options.metrics, fingerprint(weights.ema_params))
     samplers = recommended_samplers(metadata)
     options.name = options.name or model_name(metadata)
     exported.write_folder(out, weights, metadata, full=options.full, samplers=samplers)
     if options.images:
-        figures.draw_images(out / "samples.png", sampler.load(out).sample(options.images, **samplers[0]))
+        plots.draw_images(out / "samples.png", sampler.load(out).sample(options.images, **samplers[0]))
     with atomic_path(out / exported.CARD) as temporary:
         temporary.write_text(card({**metadata, "step": int(weights.step)}, metrics, options))
     print(f"wrote {out}: {options.name}, update {int(weights.step)}, {len(metrics)} evaluations in its card")

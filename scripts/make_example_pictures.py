@@ -1,13 +1,11 @@
 """Writes a folder of small colour pictures to try docs/your_own_images.md on: scikit-learn's digits, tinted.
 
-python scripts/make_example_pictures.py FOLDER [--count 500]
+python -m scripts.make_example_pictures FOLDER [--count 500]
 """
 
 import argparse
 import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 SIDE = 16  # pixels: each of a digit's 8 x 8 becomes four
 

@@ -2,7 +2,7 @@
 # Exports trained models into model_zoo/: scripts/make_model_zoo.sh [WORKDIR] [STUDY]
 #
 # WORKDIR (default runs/digits): of scripts/quickstart.sh. STUDY, if given: the workdir of
-# `python scripts/study.py fashion_mnist_14 --seeds 0 --workdir STUDY`, whose models are evaluated first.
+# `python -m study.run fashion_mnist_14 --seeds 0 --workdir STUDY`, whose models are evaluated first.
 # One folder a model: EMA weights, config.json and a card with the evaluations found beside it; under 8 MB each.
 set -euo pipefail
 workdir=$(realpath "${1:-runs/digits}")
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 model() { # model RUN FOLDER NAME EXPORT_OPTION...
   local run="$1" folder="$2" name="$3"; shift 3
-  .venv/bin/python scripts/export.py "$run" "model_zoo/$folder" --name "$name" "$@"
+  .venv/bin/python -m scripts.export "$run" "model_zoo/$folder" --name "$name" "$@"
 }
 
 studied() { # studied RECIPE K STEPS FOLDER NAME: a distilled model of the study, for K * STEPS calls
@@ -22,7 +22,7 @@ studied() { # studied RECIPE K STEPS FOLDER NAME: a distilled model of the study
     --config.eval.reflow_mode=eval_distill --config.sampling.method=pc --config.model.num_scales=$((k * steps)) \
     --config.eval.begin_step=1 --config.eval.num_samples=4096 --config.eval.teacher=model_zoo/fashion_mnist_14_1rf
   model "$run/$stage" "$4" "$5" --data "the 60,000 training images of Fashion-MNIST (MIT), resized to 14 x 14" \
-    --command "python scripts/study.py fashion_mnist_14 --only $recipe/euler_$((k * steps))/seed_0 --workdir runs/study" \
+    --command "python -m study.run fashion_mnist_14 --only $recipe/euler_$((k * steps))/seed_0 --workdir runs/study" \
     --command "bash scripts/make_model_zoo.sh runs/digits runs/study"
 }
 

@@ -1,7 +1,7 @@
 """Prepares TFDS data sets from files on this machine, without the network.
 
-    python scripts/prepare_dataset.py fashion_mnist --from FOLDER [--to DATA_DIR]
-    python scripts/prepare_dataset.py images --from FOLDER --to DATA_DIR --size 256
+    python -m scripts.prepare_dataset fashion_mnist --from FOLDER [--to DATA_DIR]
+    python -m scripts.prepare_dataset images --from FOLDER --to DATA_DIR --size 256
 
 fashion_mnist: FOLDER holds the four gzipped IDX files of Fashion-MNIST (Debian: apt-get install dataset-fashion-mnist
 puts them in /usr/share/datasets/fashion-mnist). The result is the data set fashion_mnist 3.0.1 of TFDS, records and
@@ -21,8 +21,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import absl.logging
 import numpy as np

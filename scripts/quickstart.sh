@@ -63,4 +63,4 @@ if [ -n "${BEST:-}" ]; then
     --config.training.import_flax="$workdir/best/2_distill"
 fi
 
-.venv/bin/python scripts/report.py --html --check "$workdir"
+.venv/bin/python -m report --html --check "$workdir"

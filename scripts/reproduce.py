@@ -1,4 +1,4 @@
-"""Measures a figure again and compares: python scripts/reproduce.py EVAL_FOLDER/step_STEP/metrics.json
+"""Measures a figure again and compares: python -m scripts.reproduce EVAL_FOLDER/step_STEP/metrics.json
 
 Runs what the file's entry "provenance" says in a fresh folder: the checkpoint, the settings, on as many devices. On the
 same kind of machine with the same code and libraries every figure is the same to the last bit; where one is not, what
@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
 
@@ -93,7 +91,7 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
     from etils import epath
 
     import run_lib
-    from configs.stored import config_from
+    from configs.saved import config_from
 
     record = entry["provenance"]
     config = config_from(record["config"])
@@ -112,7 +110,7 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
 
 def report(before: dict[str, Any], again: dict[str, Any], folder: Path) -> int:
     """Prints every figure of both evaluations and, where one differs, what differs between them; the exit status."""
-    import provenance
+    from tracking import provenance
 
     names = [name for name in before if name not in NOT_FIGURES and isinstance(before[name], int | float | str)]
     differing = [name for name in names if before[name] != again.get(name)]

@@ -5,10 +5,7 @@
 writes the metrics and the seconds of every process, as JSON; the pictures are the first one's.
 """
 
-import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
@@ -16,13 +13,11 @@ from etils import epath
 from exact_flows import EULER, GAUSSIAN, SHAPE, UNEVEN, Gaussian, sampler_of, velocity_fn
 
 import datasets
+import distributed
 import evaluation
-import features
 import models
-import parallel
-import real_data
-import runtime
 import utils
+from metrics import feature_networks, reference
 
 
 def pixels(images):
@@ -33,15 +28,15 @@ def pixels(images):
 
 def main(folder: str) -> None:
     """Evaluates 21 samples in batches of 8 against 37 images in batches of 8."""
-    runtime.start_hosts()
+    distributed.start_hosts()
     models.velocity_fn = velocity_fn
     folder, place = epath.Path(folder), jax.process_index()
     rng = np.random.default_rng(0)
     splits = {name: rng.integers(0, 256, (n, *SHAPE), np.uint8) for name, n in (("train", 37), ("test", 13))}
     datasets.image_source = lambda data, split="train": datasets.ArraySource(split, splits[split])
-    network = features.device_network("pixels", "1", pixels, "none")
+    network = feature_networks.device_network("pixels", "1", pixels, "none")
     cache = folder / f"cache_{place}"  # hosts that share no disk
-    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=cache)
+    real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=cache)
     assert real.count == len(real.features) == 37
     protocol = evaluation.Protocol(
         num_samples=21,
@@ -51,7 +46,7 @@ def main(folder: str) -> None:
         centered=True,
         precision_recall_samples=20,
         nearest_samples=7,
-        floor=evaluation.floor(real, {}, 8, None, cache),
+        floor=reference.floor(real, {}, 8, None, cache),
     )
     sampler = sampler_of(Gaussian(), EULER, UNEVEN)
     exact = evaluation.reference_samples(sampler, GAUSSIAN, 8, 8)
@@ -60,8 +55,8 @@ def main(folder: str) -> None:
     samples = evaluation.draw_samples(sampler, GAUSSIAN, 21, 8, network=network, centered=True, kept_images=21)
     utils.write_arrays(folder / f"samples_{place}.npz", features=samples.features, images=samples.images)
     utils.write_json(folder / f"metrics_{place}.json", found | {"own_images": samples.cost.images})
-    assert parallel.agreed(place == 0)
-    parallel.sync("end")
+    assert distributed.agreed(place == 0)
+    distributed.sync("end")
 
 
 if __name__ == "__main__":

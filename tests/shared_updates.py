@@ -5,20 +5,17 @@
 writes for each way of sharing the batch the losses and the first update's gradient, as arrays of these names.
 """
 
-import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import distributed
 import losses
 import models
-import parallel
-import runtime
+import train_step
 from models import layers
 
 BATCH, UPDATES = 16, 50
@@ -39,9 +36,9 @@ def updates(devices, accumulate):
     params = models.init_params(model, jax.random.key(0), (8, 8, 1))
     weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
     # Adam's first moment after one update is a tenth of the gradient.
-    optimizer = losses.optimizer(lr=1e-2, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
-    state = losses.initial_state(weights, optimizer, from_ema=True)
-    step = losses.make_train_step(
+    optimizer = train_step.optimizer(lr=1e-2, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    state = train_step.initial_state(weights, optimizer, from_ema=True)
+    step = train_step.make_train_step(
         model,
         losses.rf_targets,
         losses.make_loss("l2"),
@@ -51,8 +48,8 @@ def updates(devices, accumulate):
         accumulate=accumulate,
     )
     own = [device for device in jax.devices()[:devices] if device.process_index == jax.process_index()]
-    program = parallel.map_devices(step, devices=None if jax.process_count() > 1 else own, all_hosts=True)
-    state, seed = parallel.replicate((state, np.uint32(3)), own)
+    program = distributed.map_devices(step, devices=None if jax.process_count() > 1 else own, all_hosts=True)
+    state, seed = distributed.replicate((state, np.uint32(3)), own)
     share = BATCH // jax.process_count()
     found = []
     for n in range(UPDATES):
@@ -61,20 +58,20 @@ def updates(devices, accumulate):
         state, values = program(state, {"image": mine.reshape(len(own), 1, -1, 8, 8, 1)}, seed)
         found.append(float(values["loss"].addressable_shards[0].data[0, 0]))
         if n == 0:
-            moments = parallel.first_copy(state).opt_state[1].mu
+            moments = distributed.first_copy(state).opt_state[1].mu
             gradient = np.concatenate([np.ravel(leaf) / 0.1 for leaf in jax.tree.leaves(moments)])
     return np.float64(found), gradient
 
 
 def main(path, *ways):
     """Computes every way of sharing; the first process writes."""
-    runtime.start_hosts()
+    distributed.start_hosts()
     arrays = {}
     for way in ways:
         arrays[f"losses {way}"], arrays[f"gradient {way}"] = updates(*map(int, way.split(":")))
-    arrays["gathered"] = parallel.gather(np.float32([[jax.process_index(), 7]]))
-    parallel.sync("end")
-    if parallel.is_first_host():
+    arrays["gathered"] = distributed.gather(np.float32([[jax.process_index(), 7]]))
+    distributed.sync("end")
+    if distributed.is_first_host():
         np.savez(path, **arrays)
 
 

@@ -1,12 +1,8 @@
-"""A short version of scripts/chaos.py: a stage that is killed, then stopped, equals one that was left alone."""
+"""A short version of benchmarks/chaos.py: a stage that is killed, then stopped, equals one that was left alone."""
 
-import pathlib
 import signal
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
-
-import chaos
+from benchmarks import chaos
 
 SETTINGS = chaos.TINY | {"training": chaos.TINY["training"] | {"n_iters": 600, "snapshot_sampling": False}}
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pathlib
 import runpy
 import shutil
 import sys
@@ -11,14 +10,12 @@ import pair_maker
 import pytest
 from pair_maker import digests, flip_byte, truncate
 
-CHECK_PAIRS = pathlib.Path(__file__).parents[1] / "scripts" / "check_pairs.py"
-
 
 def check_pairs(monkeypatch, capsys, *arguments):
     """The exit status and the output of scripts/check_pairs.py."""
     monkeypatch.setattr(sys, "argv", ["check_pairs.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(CHECK_PAIRS), run_name="__main__")
+        runpy.run_module("scripts.check_pairs", run_name="__main__")
     return end.value.code, capsys.readouterr().out
 
 

@@ -10,8 +10,8 @@ import pytest
 
 import datasets
 import models
-from configs.check import check_config
 from configs.default import get_default_config
+from configs.validation import check_config
 from utils import InputError
 
 FOLDER = Path(__file__).parents[1] / "configs/rf"

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import datasets
-from parallel import Host
+from distributed import Host
 from utils import InputError
 
 ONE_DEVICE = Host(index=0, count=1, local_devices=1)
@@ -276,7 +276,7 @@ def test_a_missing_data_set_is_refused_at_once(tmp_path, dataset, category, name
 
 @pytest.mark.parametrize(("dataset", "job"), [("FASHION_MNIST", "fashion_mnist"), ("IMAGES", "images")])
 def test_what_the_script_prepares_is_said(tmp_path, dataset, job):
-    with pytest.raises(InputError, match=rf"scripts/prepare_dataset\.py {job} --from FOLDER --to {tmp_path}") as error:
+    with pytest.raises(InputError, match=rf"scripts\.prepare_dataset {job} --from FOLDER --to {tmp_path}") as error:
         datasets.image_source(config(dataset, 28, 1, data_dir=str(tmp_path)))
     assert "\n" not in str(error.value)
 

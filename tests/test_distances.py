@@ -11,7 +11,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 from tfgan_compat import tensorflow_gan
 
-import distances
+from metrics import distances
 
 
 def random_features(n, d, seed, shift=0.0):

@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs.check import check_config
 from configs.default import get_default_config
+from configs.validation import check_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
@@ -68,7 +68,8 @@ def test_settings_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page):
     text = (ROOT / page).read_text()
-    named = re.findall(r"(?<![\w/.])((?:configs|docs|models|pairs|scripts|tests|\.ci)/[\w/.-]*\w)", text)
+    folders = "|".join([*(path.parent.name for path in ROOT.glob("*/__init__.py")), "docs", "scripts", "tests", r"\.ci"])
+    named = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.-]*\w)", text)
     placeholders = ("configs/rf/FILE.py", "tests/test_")
     assert not [name for name in named if name not in placeholders and not (ROOT / name).exists()]
 

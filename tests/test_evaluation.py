@@ -29,13 +29,11 @@ from exact_flows import (
 )
 
 import datasets
-import distances
 import evaluation
-import features
 import models
-import real_data
 import sampler
-import sampling
+from metrics import distances, feature_networks, reference
+from metrics.straightness import straightness
 from utils import InputError
 
 
@@ -44,21 +42,21 @@ def random_features(n, d, seed):
 
 
 def of_features(name, pool):
-    return real_data.of_features(features.FeatureNetwork(name, "1", raw_pixels), pool)
+    return reference.of_features(feature_networks.FeatureNetwork(name, "1", raw_pixels), pool)
 
 
 def test_distances_carry_the_name_of_their_network():
     real, fake = random_features(50, 6, 0), random_features(60, 6, 1)
-    other = evaluation.feature_distances(of_features("digits_classifier", real), fake)
+    other = reference.feature_distances(of_features("digits_classifier", real), fake)
     assert set(other) == {f"{name}_digits_classifier" for name in ("fid", "kid", "kid_error")}
-    plain = evaluation.feature_distances(of_features("inception", real), fake)
+    plain = reference.feature_distances(of_features("inception", real), fake)
     assert plain == {name.removesuffix("_digits_classifier"): value for name, value in other.items()}
     assert plain["fid"] == evaluation.frechet_distance(real, fake)
     assert (plain["kid"], plain["kid_error"]) == distances.kernel_distance_and_error(real, fake)
     moments_alone = dataclasses.replace(of_features("inception", real), features=None)
-    assert evaluation.feature_distances(moments_alone, fake) == {"fid": plain["fid"]}
+    assert reference.feature_distances(moments_alone, fake) == {"fid": plain["fid"]}
     with pytest.raises(ValueError, match="6 and 5 features"):
-        evaluation.feature_distances(moments_alone, fake[:, :5])
+        reference.feature_distances(moments_alone, fake[:, :5])
 
 
 def raw_pixels(images):
@@ -80,10 +78,10 @@ def test_quality_compares_exactly_the_samples_and_counts_their_cost(where):
         return raw_pixels(images)
 
     if where == "host":
-        real = real_data.of_features(features.FeatureNetwork("raw", "1", network), random_features(20, 3, 0))
+        real = reference.of_features(feature_networks.FeatureNetwork("raw", "1", network), random_features(20, 3, 0))
     else:
-        on_devices = features.device_network("raw", "1", raw_pixels_on_devices, "none")
-        real = real_data.of_features(on_devices, random_features(20, 3, 0))
+        on_devices = feature_networks.device_network("raw", "1", raw_pixels_on_devices, "none")
+        real = reference.of_features(on_devices, random_features(20, 3, 0))
     quality, shown = evaluation.sample_quality(tested, GAUSSIAN, 7, 4, real=real, centered=True)
     unit = np.clip((np.asarray(direct(tested, GAUSSIAN)(range(7)).x) + 1) / 2, 0, 1)
     levels = (255 * unit + np.float32(0.5)).astype(np.uint8)  # as a saved image has them
@@ -100,7 +98,7 @@ def test_quality_compares_exactly_the_samples_and_counts_their_cost(where):
 
 @pytest.mark.parametrize("batch_size", [2, 5, 8, 64])
 def test_samples_are_counted_once_whatever_the_batch(batch_size):
-    network = features.device_network("raw", "1", raw_pixels_on_devices, "none")
+    network = feature_networks.device_network("raw", "1", raw_pixels_on_devices, "none")
     tested = sampler_of(Gaussian(), EULER)
     draw = functools.partial(evaluation.draw_samples, tested, GAUSSIAN, network=network, centered=True)
     samples, whole = draw(13, batch_size, kept_images=5), draw(13, 26)
@@ -125,43 +123,43 @@ def splits_of(monkeypatch, **counts):
 
 def test_the_floor_is_the_distance_of_test_images_in_the_same_features_and_kept(tmp_path, monkeypatch):
     splits = splits_of(monkeypatch, train=40, test=30)
-    network = features.FeatureNetwork("raw", "1", raw_pixels)
-    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    network = feature_networks.FeatureNetwork("raw", "1", raw_pixels)
+    real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
     for count in (30, 12):
-        found = evaluation.floor(real, ml_collections.ConfigDict(), 8, count, tmp_path)
+        found = reference.floor(real, ml_collections.ConfigDict(), 8, count, tmp_path)
         assert (found.images, found.samples, found.reference_samples) == ("test", count, 40)
-        expected = evaluation.feature_distances(real, raw_pixels(splits["test"][:count])[0])
+        expected = reference.feature_distances(real, raw_pixels(splits["test"][:count])[0])
         assert found.distances == expected
         assert found.metrics() == {f"floor_{name}": value for name, value in expected.items()} | {
             "floor_samples": count,
             "floor_reference_samples": 40,
         }
-    monkeypatch.setattr(evaluation, "feature_distances", None)  # not computed again, by another process either
-    again = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
-    assert evaluation.floor(again, ml_collections.ConfigDict(), 8, 12, tmp_path) == found
+    monkeypatch.setattr(reference, "feature_distances", None)  # not computed again, by another process either
+    again = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    assert reference.floor(again, ml_collections.ConfigDict(), 8, 12, tmp_path) == found
 
 
 def test_without_test_images_the_floor_is_of_two_halves(tmp_path, monkeypatch):
     splits = splits_of(monkeypatch, train=41)
-    network = features.FeatureNetwork("raw", "1", raw_pixels)
-    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
-    found = evaluation.floor(real, ml_collections.ConfigDict(), 8, None, tmp_path)
+    network = feature_networks.FeatureNetwork("raw", "1", raw_pixels)
+    real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    found = reference.floor(real, ml_collections.ConfigDict(), 8, None, tmp_path)
     assert (found.images, found.samples, found.reference_samples) == ("halves", 20, 21)
     order = np.random.default_rng(0).permutation(41)
     first, second = (raw_pixels(splits["train"][rows])[0] for rows in (order[:21], order[21:]))
     assert found.distances["fid_raw"] == pytest.approx(evaluation.frechet_distance(first, second), rel=1e-9)
     assert found.distances["kid_raw"] == pytest.approx(evaluation.kernel_distance(first, second), rel=1e-9)
     moments_alone = dataclasses.replace(real, features=None)
-    assert evaluation.floor(moments_alone, ml_collections.ConfigDict(), 8, None, tmp_path) is None
+    assert reference.floor(moments_alone, ml_collections.ConfigDict(), 8, None, tmp_path) is None
 
 
 def test_an_evaluation_finds_the_nearest_training_images_and_draws_them(tmp_path, monkeypatch):
     train = splits_of(monkeypatch, train=30)["train"]
     tested = sampler_of(Gaussian(), EULER)
-    network = features.FeatureNetwork("raw", "1", raw_pixels)
+    network = feature_networks.FeatureNetwork("raw", "1", raw_pixels)
     levels = evaluation.draw_samples(tested, GAUSSIAN, 6, 4, network=network, centered=True).images
     train[17] = levels[3]  # a memorised one
-    real = real_data.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
+    real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
     protocol = evaluation.Protocol(
         num_samples=6,
         straightness_samples=2,
@@ -204,9 +202,9 @@ def test_trajectory_metrics_are_that_of_direct_solves(options):
     # 9 noises in batches of 4, two on each device: three whole batches.
     tested, measured = sampler_of(Gaussian(), options, UNEVEN), np.float32([1.0, 0.45, 0.0])
     metrics = evaluation.trajectory_metrics(tested, GAUSSIAN, measured, count=9, batch_size=4)
-    solve, straightness = direct(tested, GAUSSIAN, save_trajectory=True), jax.jit(sampling.straightness)
+    solve, measure = direct(tested, GAUSSIAN, save_trajectory=True), jax.jit(straightness)
     runs = [solve([n, n + 1]) for n in range(0, 12, 2)]
-    each = [straightness(run.ts, run.xs, measured) for run in runs]
+    each = [measure(run.ts, run.xs, measured) for run in runs]
     assert metrics.straightness == pytest.approx(np.mean([one.total for one in each]), rel=1e-4)
     assert metrics.sequential_straightness == pytest.approx(np.mean([one.sequential for one in each]), rel=1e-4)
     np.testing.assert_allclose(metrics.curve, np.mean([one.curve for one in each], axis=0), rtol=2e-3, atol=1e-5)

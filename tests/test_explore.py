@@ -1,11 +1,9 @@
-"""The page of scripts/explore.py, rendered from a tiny model and read back as a browser would."""
+"""The page of report/explore.py, rendered from a tiny model and read back as a browser would."""
 
 import base64
 import html.parser
 import io
 import json
-import pathlib
-import runpy
 
 import numpy as np
 import pytest
@@ -13,10 +11,9 @@ from PIL import Image
 from test_exported import metadata
 from tiny_run import network_config, random_weights
 
-import exported
 import sampler
-
-SCRIPT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "explore.py"))
+from checkpointing import exported
+from report import explore
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def parsed(text):
 def test_the_page_holds_every_frame_of_every_model(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SEQRF_CACHE", str(tmp_path / "cache"))
     out, name = tmp_path / "page.html", "</script><b>'&two"
-    assert SCRIPT["main"]([f"{name}={folder}", "-o", str(out), "--steps", "1,3", "--count", "4", "--tol", "1e-2"]) == 0
+    assert explore.main([f"{name}={folder}", "-o", str(out), "--steps", "1,3", "--count", "4", "--tol", "1e-2"]) == 0
     elements = parsed(out.read_text())
     assert len(elements.scripts) == 2
     assert elements.resources == []
@@ -80,7 +77,7 @@ def test_the_page_holds_every_frame_of_every_model(folder, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_shown_is_refused_in_one_line(folder, tmp_path, capsys):
-    assert SCRIPT["main"]([str(tmp_path / "nothing")]) == 2
+    assert explore.main([str(tmp_path / "nothing")]) == 2
     error = capsys.readouterr().err
     assert "no checkpoint at" in error
     assert error.count("\n") == 1

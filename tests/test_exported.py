@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import runpy
 import struct
 
 import jax
@@ -15,15 +14,14 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from tiny_run import network_config, random_weights
 
-import checkpoints
-import exported
 import models
 import sampler
 import sampling
+from checkpointing import exported, runs
+from models.weights import fingerprint
+from scripts import export
 from utils import InputError
 
-script = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "scripts" / "export.py"))
-export_main = script["main"]
 CONFIG = network_config(k=2)
 
 
@@ -33,7 +31,7 @@ def weights():
 
 
 def metadata(stage="2_rf", boundaries=(1, 0.7, 0)):
-    return checkpoints.make_metadata(CONFIG, stage, boundaries, source="/home/me/1_rf", teacher="0f")
+    return runs.make_metadata(CONFIG, stage, boundaries, source="/home/me/1_rf", teacher="0f")
 
 
 @pytest.fixture
@@ -48,20 +46,20 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_the_ema_alone_is_loaded_as_raw_weights_with_zero_moments(folder, weights, name):
-    loaded = checkpoints.load_weights(folder / name, CONFIG)
+    loaded = runs.load_weights(folder / name, CONFIG)
     same(loaded.params, weights.ema_params)
     same(loaded.ema_params, weights.ema_params)
     same((loaded.mu, loaded.nu), jax.tree.map(np.zeros_like, (weights.params, weights.params)))
     assert (loaded.step, loaded.count) == (30, 0)
     with safetensors.safe_open(folder / "model.safetensors", "np") as file:
         assert all(key.startswith("ema_params/") for key in file.keys())  # noqa: SIM118  it is no dict
-    noted = checkpoints.read_metadata(folder / name)
+    noted = runs.read_metadata(folder / name)
     assert (noted["stage"], noted["k"], noted["boundaries"], noted["teacher"]) == ("2_rf", 2, [1.0, 0.7, 0.0], "0f")
 
 
 def test_a_full_folder_has_all_trees(tmp_path, weights):
     exported.write_folder(tmp_path, weights, metadata(), full=True)
-    loaded = checkpoints.load_weights(tmp_path, CONFIG)
+    loaded = runs.load_weights(tmp_path, CONFIG)
     same((loaded.params, loaded.mu, loaded.nu), (weights.params, weights.mu, weights.nu))
     assert loaded.count == 7
 
@@ -147,7 +145,7 @@ def test_links_as_a_hubs_cache_makes_them_are_followed(folder, tmp_path, weights
     (tmp_path / "snapshot").mkdir()
     for file in folder.iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
-    same(checkpoints.load_weights(tmp_path / "snapshot", CONFIG).params, weights.ema_params)
+    same(runs.load_weights(tmp_path / "snapshot", CONFIG).params, weights.ema_params)
 
 
 def test_a_loaded_model_samples_the_noises_of_its_seed_and_counts_calls(folder, weights):
@@ -209,13 +207,13 @@ def measurement(fingerprint, num_samples=2048):
 
 
 def test_the_script_writes_a_folder_for_a_hub_with_the_metrics_of_these_weights(folder, tmp_path, weights, capsys):
-    for name, measured in {"euler": checkpoints.fingerprint(weights.ema_params), "other": "00"}.items():
+    for name, measured in {"euler": fingerprint(weights.ema_params), "other": "00"}.items():
         step = tmp_path / name / "step_30"
         step.mkdir(parents=True)
         (step / "metrics.json").write_text(measurement(measured))
     out = tmp_path / "out" / "two"
     arguments = [str(folder), str(out), "--name", "Two", "--command", "bash train.sh", "--images", "4"]
-    assert export_main(arguments) == 0
+    assert export.main(arguments) == 0
     assert "1 evaluations" in capsys.readouterr().out
     assert {entry.name for entry in out.iterdir()} == {"README.md", "config.json", "model.safetensors", "samples.png"}
     _, front, text = (out / "README.md").read_text().split("---\n", 2)
@@ -225,11 +223,11 @@ def test_the_script_writes_a_folder_for_a_hub_with_the_metrics_of_these_weights(
     assert "2048 samples and the digits data" in text
     assert "bash train.sh" in text
     assert "/home/me" not in (out / "config.json").read_text() + text
-    assert export_main([str(folder), str(out), "--images", "0"]) == 0  # again
+    assert export.main([str(folder), str(out), "--images", "0"]) == 0  # again
 
 
 def test_a_card_has_a_table_for_each_way_of_measuring():
-    tables = script["metrics_tables"]([json.loads(measurement("0f", count)) for count in (2048, 16, 2048)])
+    tables = export.metrics_tables([json.loads(measurement("0f", count)) for count in (2048, 16, 2048)])
     large, small = tables.split("between 2048 samples")
     assert (large.count("| Euler 2 |"), small.count("| Euler 2 |")) == (2, 1)
     assert "between 16 samples" in small
@@ -245,8 +243,8 @@ def test_where_a_model_started_from_is_named_without_the_machines_path():
         "": "",
     }
     for source, name in names.items():
-        assert script["source_name"](source) == name
-        assert script["source_name"](name) == name  # of an exported model that is exported again
+        assert export.source_name(source) == name
+        assert export.source_name(name) == name  # of an exported model that is exported again
 
 
 def test_the_script_refuses_in_one_line(folder, tmp_path, capsys):
@@ -258,7 +256,7 @@ def test_the_script_refuses_in_one_line(folder, tmp_path, capsys):
         ([str(folder), str(tmp_path / "full")], "holds something else"),
         ([str(folder), str(tmp_path / "out"), "--metrics", str(tmp_path / "metrics.json")], "no metrics.json of these"),
     ):
-        assert export_main(arguments) == 2
+        assert export.main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
@@ -270,7 +268,7 @@ def test_the_script_takes_no_bucket_for_a_folder(folder, tmp_path, place, capsys
     monkeypatch.chdir(tmp_path)
     arguments = {"run": str(folder), "out": "out"} | {place: "gs://bucket/x"}
     with pytest.raises(SystemExit, match="2"):
-        export_main(list(arguments.values()))
+        export.main(list(arguments.values()))
     assert f"argument {place}: gs://bucket/x is in a bucket" in capsys.readouterr().err
     assert list(tmp_path.glob("gs*")) == []
 

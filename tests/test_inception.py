@@ -12,8 +12,7 @@ import pytest
 import tensorflow as tf
 from tfgan_compat import tensorflow_gan
 
-import inception
-import real_data
+from metrics import inception, reference
 from utils import InputError
 
 
@@ -68,7 +67,7 @@ def test_inceptions_identity_is_its_content(tiny_inception, tmp_path):
 
 def test_a_folder_without_inception_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"eval\.inception_path = /nowhere holds no SavedModel"):
-        real_data.feature_network(PHOTOGRAPHS, real_data.Options(inception_path="/nowhere"))
+        reference.feature_network(PHOTOGRAPHS, reference.Options(inception_path="/nowhere"))
     tf.saved_model.save(HalfInception(), str(tmp_path / "half"))
     with pytest.raises(InputError, match="does not give pool_3"):
         inception.inception(str(tmp_path / "half"))
@@ -90,7 +89,7 @@ def test_inception_out_of_reach_is_an_error_with_the_remedy(tmp_path, monkeypatc
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(inception, "_answers", lambda url, seconds: False)
     with pytest.raises(InputError, match=r"cannot be reached.*--config\.eval\.inception_path=FOLDER") as error:
-        real_data.feature_network(PHOTOGRAPHS, real_data.Options())
+        reference.feature_network(PHOTOGRAPHS, reference.Options())
     assert "\n" not in str(error.value)
 
 

@@ -6,11 +6,13 @@ import pytest
 import scipy.special
 import scipy.stats
 
+import distributed
 import losses
 import models
-import parallel
 import sampling
 import segments
+import train_step
+from models.weights import ema_name
 
 
 class Linear(nn.Module):
@@ -37,7 +39,7 @@ def pairs(n, seed=0):
 
 
 def keys(n, step=3):
-    return losses.example_keys(0, jnp.int32(step), jnp.arange(n))
+    return train_step.example_keys(0, jnp.int32(step), jnp.arange(n))
 
 
 def test_rf_targets_lie_on_the_line_from_noise_to_data():
@@ -184,13 +186,13 @@ def test_lpips_huber_of_distillation_is_lpips_alone_in_the_last_segment():
 
 @pytest.mark.parametrize(("updates", "expected"), [(0, 0.1), (90, 0.91), (10**7, 0.9999)])
 def test_variable_ema_rate_is_capped_by_the_updates_so_far(updates, expected):
-    assert losses.ema_rate_at(updates, 0.9999, variable=True) == pytest.approx(expected)
-    assert losses.ema_rate_at(updates, 0.9999, variable=False) == 0.9999
+    assert train_step.ema_rate_at(updates, 0.9999, variable=True) == pytest.approx(expected)
+    assert train_step.ema_rate_at(updates, 0.9999, variable=False) == 0.9999
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_optimizer_is_adam_with_warm_up_and_clipping(warmup):
-    ours = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=warmup, grad_clip=1.0)
+    ours = train_step.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=warmup, grad_clip=1.0)
     params = {"w": jnp.float32([3.0, -4.0])}
     gradient = {"w": jnp.float32([30.0, 40.0])}
     state = ours.init(params)
@@ -205,17 +207,17 @@ def test_optimizer_is_adam_with_warm_up_and_clipping(warmup):
 
 
 def test_negative_grad_clip_is_off():
-    ours = losses.optimizer(lr=1.0, beta1=0.0, eps=1.0, warmup=0, grad_clip=-1.0)
+    ours = train_step.optimizer(lr=1.0, beta1=0.0, eps=1.0, warmup=0, grad_clip=-1.0)
     params = jnp.float32([0.0])
     big, _ = ours.update(jnp.float32([1e4]), ours.init(params), params)
     assert big[0] == pytest.approx(-1e4 / (1e4 + 1), rel=1e-3)
 
 
 def test_warm_adam_moments_keep_their_count_and_the_warm_up_starts_anew():
-    transformation = losses.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=10, grad_clip=-1.0)
+    transformation = train_step.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=10, grad_clip=-1.0)
     weights = fresh_weights({"w": jnp.ones(2)})
     weights = weights.replace(mu={"w": jnp.full(2, 0.5)}, nu={"w": jnp.full(2, 0.25)}, count=1000)
-    state = losses.initial_state(weights, transformation)
+    state = train_step.initial_state(weights, transformation)
     change, _ = transformation.update({"w": jnp.full(2, 0.5)}, state.opt_state, weights.params)
     np.testing.assert_array_equal(change["w"], 0)  # warm-up's first update
     assert state.opt_state[1].count == 1000
@@ -223,10 +225,10 @@ def test_warm_adam_moments_keep_their_count_and_the_warm_up_starts_anew():
 
 def test_cosine_schedule_falls_to_zero_after_the_warm_up():
     options = {"lr": 0.1, "beta1": 0.0, "eps": 1e-8, "grad_clip": -1.0}
-    ours = losses.optimizer(**options, warmup=4, schedule="cosine", n_iters=12)
+    ours = train_step.optimizer(**options, warmup=4, schedule="cosine", n_iters=12)
     params = jnp.ones(2)
     state = ours.init(params)
-    constant = losses.optimizer(**options, warmup=4).init(params)
+    constant = train_step.optimizer(**options, warmup=4).init(params)
     assert jax.tree.structure(state) == jax.tree.structure(constant)
     rates = []
     for _ in range(13):
@@ -234,16 +236,16 @@ def test_cosine_schedule_falls_to_zero_after_the_warm_up():
         rates.append(-float(change[0]))
     expected = [0.1 * (n / 4 if n < 4 else 0.5 * (1 + np.cos(np.pi * (n - 4) / 8))) for n in range(13)]
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-7)
-    no_warmup = losses.optimizer(**options, warmup=0, schedule="cosine", n_iters=12)
+    no_warmup = train_step.optimizer(**options, warmup=0, schedule="cosine", n_iters=12)
     change, _ = no_warmup.update(jnp.ones(2), no_warmup.init(params), params)
     assert -float(change[0]) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_a_start_from_the_ema_has_a_fresh_adam():
-    transformation = losses.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    transformation = train_step.optimizer(lr=1.0, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     weights = fresh_weights({"w": jnp.ones(2)})
     weights = weights.replace(ema_params={"w": jnp.full(2, 5.0)}, mu={"w": jnp.ones(2)}, nu={"w": jnp.ones(2)}, count=9)
-    state = losses.initial_state(weights, transformation, from_ema=True, ema_rates=(0.5,))
+    state = train_step.initial_state(weights, transformation, from_ema=True, ema_rates=(0.5,))
     for tree in (state.params, state.ema_params, state.extra_ema["0.5"]):
         np.testing.assert_array_equal(tree["w"], 5.0)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, transformation.init(weights.params))
@@ -251,10 +253,10 @@ def test_a_start_from_the_ema_has_a_fresh_adam():
 
 def _updates(devices, per_device, batches, state=None, **options):
     model = Linear()
-    transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    transformation = train_step.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
-    state = losses.initial_state(fresh_weights(params), transformation) if state is None else state
-    step = losses.make_train_step(
+    state = train_step.initial_state(fresh_weights(params), transformation) if state is None else state
+    step = train_step.make_train_step(
         model,
         losses.distill_targets if options.get("on_policy") else losses.reflow_targets,
         losses.make_loss("l2"),
@@ -263,7 +265,7 @@ def _updates(devices, per_device, batches, state=None, **options):
         variable_ema_rate=False,
         **options,
     )
-    program = parallel.map_devices(step, devices=jax.devices()[:devices])
+    program = distributed.map_devices(step, devices=jax.devices()[:devices])
     n = len(next(iter(batches.values()))) // (devices * per_device)
 
     def shared(rows):
@@ -313,9 +315,9 @@ def test_updates_that_are_not_finite_are_dropped_where_asked():
 
 def test_the_gradient_norm_is_that_of_the_whole_batch_before_clipping():
     batch, weights = pairs(8), Linear().init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)), jnp.zeros(1), jnp.zeros(1))
-    clipping = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=1e-3)
-    _, values = _updates(2, 4, batch, losses.initial_state(fresh_weights(weights["params"]), clipping))
-    wanted = losses.reflow_targets(losses.example_keys(5, jnp.int32(0), jnp.arange(8)), batch)
+    clipping = train_step.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=1e-3)
+    _, values = _updates(2, 4, batch, train_step.initial_state(fresh_weights(weights["params"]), clipping))
+    wanted = losses.reflow_targets(train_step.example_keys(5, jnp.int32(0), jnp.arange(8)), batch)
     scale = np.float64(weights["params"]["scale"])[..., None]
     error = (
         np.float64(wanted.x) * scale + np.float64(segments.tau_of_t(wanted.t))[:, None, None, None] - wanted.velocity
@@ -332,13 +334,13 @@ def test_ema_follows_the_weights_at_its_rate():
 
 
 def test_further_emas_follow_at_their_own_rates():
-    transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    transformation = train_step.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     before = {"scale": jnp.ones((3, 3))}
-    state = losses.initial_state(fresh_weights(before), transformation, ema_rates=(0.5, 0.75))
+    state = train_step.initial_state(fresh_weights(before), transformation, ema_rates=(0.5, 0.75))
     after, _ = _updates(1, 4, pairs(4), state)
     for rate in (0.5, 0.75):
         expected = rate * before["scale"] + (1 - rate) * after.params["scale"]
-        np.testing.assert_allclose(after.extra_ema[losses.ema_name(rate)]["scale"], expected, atol=1e-6)
+        np.testing.assert_allclose(after.extra_ema[ema_name(rate)]["scale"], expected, atol=1e-6)
 
 
 # --- on-policy pairs --------------------------------------------------------------------------------------------------
@@ -410,9 +412,9 @@ def test_on_policy_updates_do_not_depend_on_how_devices_share_the_batch(share):
 
 
 def test_on_policy_states_are_those_of_the_ema():
-    transformation = losses.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
+    transformation = train_step.optimizer(lr=0.1, beta1=0.9, eps=1e-8, warmup=0, grad_clip=-1.0)
     params, ema = {"scale": jnp.ones((3, 3))}, {"scale": jnp.full((3, 3), 0.25)}
-    state = losses.initial_state(fresh_weights(params).replace(ema_params=ema), transformation)
+    state = train_step.initial_state(fresh_weights(params).replace(ema_params=ema), transformation)
     states = teacher_states(4)
     _, values = _updates(1, 4, {"states": states}, state, on_policy=losses.OnPolicy(BOUNDARIES, 3))
     student = models.velocity_fn(Linear(), ema)

@@ -10,12 +10,12 @@ import pytest
 import scipy.signal
 import torch
 from flax import traverse_util
-from torch_twin import Twin, randomized
 
 import models
+from benchmarks.torch_twin import Twin, randomized
 from configs.default import get_default_config
 from models import resampling
-from models.torch_layout import entries_of
+from models.pytorch.layout import entries_of
 from utils import InputError
 
 torch.set_num_threads(1)  # on images this small threads only wait for each other

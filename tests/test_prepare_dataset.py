@@ -1,7 +1,6 @@
 """scripts/prepare_dataset.py: Fashion-MNIST from IDX files, pictures from a folder, and what is wrong with either."""
 
 import gzip
-import importlib.util
 import pathlib
 import struct
 
@@ -13,11 +12,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import mnist
 
 import datasets
+from scripts import prepare_dataset
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("prepare_dataset", ROOT / "scripts/prepare_dataset.py")
-prepare_dataset = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prepare_dataset)
 
 
 def data(dataset, folder, size, channels):

@@ -8,7 +8,7 @@ import subprocess
 import jax
 from etils import epath
 
-import provenance
+from tracking import provenance
 
 
 def test_the_record_names_code_libraries_and_machine():

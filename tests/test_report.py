@@ -1,4 +1,4 @@
-"""The table, the claims and the page of scripts/report.py, on figures written by the test."""
+"""The table, the claims and the page of report, on figures written by the test."""
 
 import html.parser
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "report.py"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIGURES = {  # folder: (model, sampler, NFE, FID, sequential straightness)
     "1rf_ode": ("1-RF", "ODE", 38, 0.3, 3.0),
     "1rf_euler_2": ("1-RF", "Euler 2", 2, 4.0, 0.0),
@@ -31,7 +31,8 @@ def write(workdir, folder, step=10, **changed):
 
 
 def report(workdir, *options):
-    done = subprocess.run([sys.executable, SCRIPT, *options, workdir], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "report", *options, workdir]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

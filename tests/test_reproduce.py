@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import runpy
 import sys
 
@@ -10,17 +9,15 @@ import jax
 import pytest
 from tiny_run import network_config, random_weights
 
-import checkpoints
 import run_lib
-
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "reproduce.py"
+from checkpointing import runs
 
 
 def reproduce(monkeypatch, capsys, *arguments):
     """The exit status and what the script prints; with status 2 the line of the error."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_module("scripts.reproduce", run_name="__main__")
     out, err = capsys.readouterr()
     return end.value.code, next(line for line in err.splitlines() if "error: " in line) if end.value.code == 2 else out
 
@@ -35,7 +32,7 @@ def measured(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     try:
-        checkpoints.export_file("tiny.safetensors", random_weights(config, step=3), config)
+        runs.export_file("tiny.safetensors", random_weights(config, step=3), config)
         config.training.import_flax = "tiny.safetensors"
         run_lib.evaluate(config, "run", "eval")
     finally:
@@ -83,7 +80,7 @@ def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
 
 def test_a_checkpoint_of_another_update_is_named(measured, tmp_path, monkeypatch, capsys):
     config = network_config()
-    checkpoints.export_file(tmp_path / "later.safetensors", random_weights(config, step=4), config)
+    runs.export_file(tmp_path / "later.safetensors", random_weights(config, step=4), config)
     monkeypatch.chdir(tmp_path)
     status, said = reproduce(monkeypatch, capsys, measured, "--checkpoint", "later.safetensors")
     assert status == 2

@@ -5,12 +5,11 @@ import json
 
 import pytest
 
-import configs.resume
-from configs.resume import FREE, START
 from configs.rf.digits_rf_continuous import get_config
+from configs.saved import FREE, START, check_resume
 from utils import InputError
 
-check_resume = functools.partial(configs.resume.check_resume, starts_alike=lambda: False)
+check_resume = functools.partial(check_resume, starts_alike=lambda: False)
 
 
 def saved():

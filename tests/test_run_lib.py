@@ -12,24 +12,25 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torch_twin
 from etils import epath
 from tiny_run import PICTURES, reflow_config, tiny_config
 
-import checkpoints
+import distributed
 import evaluation
-import losses
 import models
-import parallel
-import provenance
 import reflow
 import run_lib
 import runtime
-import sources
+import train_step
+from benchmarks import torch_twin
+from checkpointing import runs
 from configs.rf import cifar10_rf_continuous
 from jobs import evaluate as evaluate_job
-from jobs.parts import optimizer, sampler_options
+from jobs import stages
+from jobs.builders import optimizer, sampler_options
+from models.weights import fingerprint
 from pairs.manifest import read_manifest
+from tracking import provenance
 from utils import InputError
 
 PACE = ("images_per_second", "input_wait")
@@ -42,7 +43,7 @@ def workdir(trained, tmp_path_factory):
 
 
 def state(workdir, stage, step):
-    return checkpoints.restore(workdir / stage / "checkpoints" / str(step))
+    return runs.restore(workdir / stage / "checkpoints" / str(step))
 
 
 def numbers_of(folder):
@@ -53,7 +54,7 @@ def numbers_of(folder):
 
 @pytest.mark.parametrize("stage", ["1_rf", "2_rf", "2_distill"])
 def test_a_stage_leaves_checkpoints_numbers_and_pictures(workdir, stage):
-    assert checkpoints.steps_in(workdir / stage) == [0, 4, 6]
+    assert runs.steps_in(workdir / stage) == [0, 4, 6]
     lines = [line for line in json.loads((workdir / stage / "metrics.json").read_text()) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
@@ -83,12 +84,12 @@ def test_a_stage_starts_from_the_one_before_with_its_head_copied(workdir):
 
 
 def test_pairs_are_what_their_manifest_says(workdir):
-    pairs = reflow.PairSet(workdir / sources.PAIRS)
+    pairs = reflow.PairSet(workdir / stages.PAIRS)
     teacher, _ = state(workdir, "1_rf", 6)
     assert len(pairs) == 64
     assert pairs.k == 2
-    expanded = checkpoints.load_weights(workdir / "1_rf", reflow_config())
-    assert pairs.manifest["teacher"] == checkpoints.fingerprint(expanded.ema_params)
+    expanded = runs.load_weights(workdir / "1_rf", reflow_config())
+    assert pairs.manifest["teacher"] == fingerprint(expanded.ema_params)
     assert (workdir / "samples" / "pairs.png").stat().st_size > 1000
     assert list((workdir / "wandb").glob("*/files/media/images/pairs_64_*.png"))
     assert teacher.step == 6
@@ -185,7 +186,7 @@ def test_distilled_and_first_models_are_evaluated_on_a_fixed_grid(workdir, monke
 
 def signal_in_call(number, monkeypatch):
     """The process gets SIGTERM while that call of the training step is in flight."""
-    add, calls = parallel.RunAhead.add, itertools.count(1)
+    add, calls = distributed.RunAhead.add, itertools.count(1)
 
     def add_signalled(self, result):
         if next(calls) == number:
@@ -194,7 +195,7 @@ def signal_in_call(number, monkeypatch):
                 time.sleep(0.01)
         add(self, result)
 
-    monkeypatch.setattr(parallel.RunAhead, "add", add_signalled)
+    monkeypatch.setattr(distributed.RunAhead, "add", add_signalled)
 
 
 def test_a_stopped_run_is_saved_is_no_parent_and_goes_on_to_the_same_result(workdir, tmp_path, monkeypatch):
@@ -203,8 +204,8 @@ def test_a_stopped_run_is_saved_is_no_parent_and_goes_on_to_the_same_result(work
     config = tiny_config(training={"snapshot_freq_for_preemption": 100})
     with runtime.preemption.handled(), stops:
         run_lib.train(config, tmp_path)
-    assert checkpoints.steps_in(tmp_path / "1_rf") == [0]
-    assert checkpoints.RunCheckpoints(tmp_path / "1_rf").latest_step() == 2
+    assert runs.steps_in(tmp_path / "1_rf") == [0]
+    assert runs.RunCheckpoints(tmp_path / "1_rf").latest_step() == 2
     with pytest.raises(InputError, match=r"1_rf is not finished: its last snapshot has 0 of 6 .*checkpoints/0"):
         run_lib.train(reflow_config("gen_reflow"), tmp_path)
     with pytest.raises(InputError, match=r"begun with other settings: optim.lr was 0.001 and is 0.5\."):
@@ -238,8 +239,8 @@ def test_only_the_latest_snapshots_are_kept_where_asked_and_a_shorter_run_is_fin
     shutil.rmtree(tmp_path / "1_rf" / "checkpoints" / "6")
     # From the preemption checkpoint of update 4 or the snapshot: the same.
     run_lib.train(tiny_config(training={"keep_snapshots": 1, "n_iters": 5}), tmp_path)
-    assert checkpoints.steps_in(tmp_path / "1_rf") == [5]
-    assert checkpoints.planned_updates(tmp_path / "1_rf") == 5
+    assert runs.steps_in(tmp_path / "1_rf") == [5]
+    assert runs.planned_updates(tmp_path / "1_rf") == 5
 
 
 @pytest.fixture(scope="module")
@@ -272,11 +273,11 @@ def test_a_distillation_with_every_option_resumes_to_the_same_result(trajectorie
     for step in (4, 5, 6):  # a kill before update 6, with the checkpoint of update 3 alone
         shutil.rmtree(tmp_path / "killed" / "2_distill_2" / "checkpoints" / str(step), ignore_errors=True)
         shutil.rmtree(tmp_path / "killed" / "2_distill_2" / "checkpoints-meta" / str(step), ignore_errors=True)
-    assert checkpoints.RunCheckpoints(tmp_path / "killed" / "2_distill_2").latest_step() == 3
+    assert runs.RunCheckpoints(tmp_path / "killed" / "2_distill_2").latest_step() == 3
     distill(tmp_path / "killed", 6)
     for rate in (0.0, 0.5, 0.9):
         first, second = (
-            checkpoints.restore(tmp_path / name / "2_distill_2", ema_rate=rate)[0] for name in ("undisturbed", "killed")
+            runs.restore(tmp_path / name / "2_distill_2", ema_rate=rate)[0] for name in ("undisturbed", "killed")
         )
         jax.tree.map(np.testing.assert_array_equal, first.ema_params, second.ema_params)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
@@ -302,7 +303,7 @@ def test_an_evaluation_finds_many_step_runs_picks_an_ema_and_measures_the_distan
     shutil.rmtree(folder / "samples" / "reflow_batch")  # which on-policy distillation alone does not read
     fixed_rates = {"ema_rates": (0.5,), "variable_ema_rate": False}
     run_lib.train(reflow_config("train_distill", training=on_policy, model=fixed_rates), folder)
-    assert checkpoints.steps_in(folder / "2_distill_2") == [0, 2]
+    assert runs.steps_in(folder / "2_distill_2") == [0, 2]
     found = {}
     for rate in (0.0, 0.5):
         config = reflow_config(training={"distill_steps": 2}, model={"ema_rates": (0.5,), "num_scales": 4})
@@ -344,12 +345,12 @@ def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdi
     start = {"import_flax": str(workdir / "1_rf" / "checkpoints" / "4")}
     run_lib.train(tiny_config(training=start | {"n_iters": 5}), tmp_path / "start")
     run_lib.train(tiny_config(training=start | {"n_iters": 6}), tmp_path / "start")
-    assert checkpoints.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
-    assert checkpoints.read_metadata(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
+    assert runs.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
+    assert runs.read_metadata(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
     start = {"import_flax": str(tmp_path / "start" / "1_rf" / "checkpoints" / "5"), "n_iters": 9}
     run_lib.train(tiny_config(training=start | {"n_jitted_steps": 2}), tmp_path / "run")
     # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
-    assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [5, 8, 9]
+    assert runs.steps_in(tmp_path / "run" / "1_rf") == [5, 8, 9]
     run_lib.train(tiny_config(training=start), tmp_path / "one by one")
     together, _ = state(tmp_path / "run", "1_rf", 9)
     alone, _ = state(tmp_path / "one by one", "1_rf", 9)
@@ -364,14 +365,14 @@ def test_a_run_goes_on_from_the_same_weights_in_another_place_but_from_no_others
     shutil.copytree(first, tmp_path / "moved")
     train(first, 5)
     train(tmp_path / "moved", 6)
-    assert checkpoints.steps_in(tmp_path / "run" / "1_rf") == [4, 5, 6]
+    assert runs.steps_in(tmp_path / "run" / "1_rf") == [4, 5, 6]
     with pytest.raises(InputError, match=r"other settings: training.import_flax was '.*moved' and is '.*/6'\."):
         train(workdir / "1_rf" / "checkpoints" / "6", 7)
 
 
 def test_given_weights_that_need_no_update_are_the_stage(workdir, tmp_path):
     run_lib.train(tiny_config(training={"import_flax": str(workdir / "1_rf")}), tmp_path)
-    assert checkpoints.steps_in(tmp_path / "1_rf") == [6]
+    assert runs.steps_in(tmp_path / "1_rf") == [6]
     kept, info = state(tmp_path, "1_rf", 6)
     jax.tree.map(np.testing.assert_array_equal, kept.params, state(workdir, "1_rf", 6)[0].params)
     assert info["source"] == str(workdir / "1_rf" / "checkpoints" / "6")
@@ -388,21 +389,21 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     monkeypatch.setattr("sampler.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
-    manifest = read_manifest(tmp_path / sources.PAIRS)
+    manifest = read_manifest(tmp_path / stages.PAIRS)
     assert manifest["adaptive"]
     assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
     run_lib.train(reflow_config(training=source | {"n_iters": 2}), tmp_path)
     trained = tmp_path / "2_rf" / "checkpoints" / "2"
-    assert checkpoints.read_metadata(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
+    assert runs.read_metadata(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
     # Measured from another workdir, which has no pairs, it is sampled on its own segments; so is its file's copy.
     exported = tmp_path / "ada.safetensors"
-    weights, info = checkpoints.restore(trained)
-    checkpoints.export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
+    weights, info = runs.restore(trained)
+    runs.export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
     for path in (trained, exported):
         config = reflow_config(training={"import_flax": str(path)})
-        given = sources.given_checkpoint(config)
-        boundaries = sources.evaluated_boundaries(config, epath.Path(tmp_path) / "elsewhere", given)
+        given = stages.given_checkpoint(config)
+        boundaries = stages.evaluated_boundaries(config, epath.Path(tmp_path) / "elsewhere", given)
         np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
     # Uniform pairs are nothing that it learned from.
     (tmp_path / "other" / "samples").mkdir(parents=True)
@@ -453,10 +454,10 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     imported = models.import_torch(tmp_path / "one.pth", config)
 
     run_lib.train(tiny_config(training=start | {"n_iters": 71}), tmp_path)
-    assert checkpoints.steps_in(tmp_path / "1_rf") == [70, 71]
+    assert runs.steps_in(tmp_path / "1_rf") == [70, 71]
     run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
-    teacher = checkpoints.fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
-    assert read_manifest(tmp_path / sources.PAIRS)["teacher"] == teacher
+    teacher = fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
+    assert read_manifest(tmp_path / stages.PAIRS)["teacher"] == teacher
     run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
     student, info = state(tmp_path, "2_rf", 0)
     assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
@@ -464,7 +465,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape)), own, given)
     run_lib.evaluate(tiny_config(training=start, sampling={"method": "pc"}), tmp_path, "imported")
     metrics = json.loads((tmp_path / "imported" / "step_70" / "metrics.json").read_text())
-    assert metrics["settings"]["weights"] == checkpoints.fingerprint(imported.ema_params)
+    assert metrics["settings"]["weights"] == fingerprint(imported.ema_params)
 
 
 def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(workdir, tmp_path):
@@ -472,12 +473,12 @@ def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(workdir, tm
     config = tiny_config(training={"log_freq": 100, "import_flax": str(tmp_path / "start")})
     weights, metadata = state(workdir, "1_rf", 4)
     weights = dataclasses.replace(weights, mu=jax.tree.map(lambda a: np.full_like(a, 1e38), weights.mu))
-    start = checkpoints.RunCheckpoints(tmp_path / "start" / "1_rf")
-    start.save(losses.initial_state(weights, optimizer(config), step=4), metadata, keep=True)
+    start = runs.RunCheckpoints(tmp_path / "start" / "1_rf")
+    start.save(train_step.initial_state(weights, optimizer(config), step=4), metadata, keep=True)
     start.close()
     with pytest.raises(InputError, match=r"a parameter is not finite at update 5 .*nan_policy=skip"):
         run_lib.train(config, tmp_path / "run")
-    assert checkpoints.RunCheckpoints(tmp_path / "run" / "1_rf").latest_step() == 4
+    assert runs.RunCheckpoints(tmp_path / "run" / "1_rf").latest_step() == 4
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_photographs_without_inception_are_refused_before_any_work(tmp_path):
     config.model.update(nf=4, ch_mult=(1,), attn_resolutions=(), num_res_blocks=1)
     params = models.init_params(models.create_model(config), jax.random.key(0), (32, 32, 3))
     weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
-    checkpoints.export_file(tmp_path / "tiny.safetensors", weights, config)
+    runs.export_file(tmp_path / "tiny.safetensors", weights, config)
     config.training.import_flax = str(tmp_path / "tiny.safetensors")
     config.eval.inception_path = str(tmp_path / "inception")
     with pytest.raises(InputError, match=str(tmp_path / "inception")):

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import distributed
 import runtime
 from utils import InputError
 
@@ -131,7 +132,7 @@ def joined(monkeypatch):
     def start(environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        runtime.start_hosts()
+        distributed.start_hosts()
         return calls[0] if calls else None
 
     return start
@@ -189,15 +190,15 @@ def test_hosts_that_cannot_be_are_one_line(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax._src.distributed.xla_bridge, "backends_are_initialized", lambda: False)
     with pytest.raises(InputError, match=r"cannot be joined: .*process_id < num_processes"):
-        runtime.start_hosts()
+        distributed.start_hosts()
 
 
 COMPUTE_TOGETHER = """
-import sys, runtime
+import sys, distributed, runtime
 @runtime.failures_shared()
 def main(host, address):
     runtime.set_environment(coordinator_address=address, num_processes=2, process_id=int(host))
-    runtime.start_hosts()
+    distributed.start_hosts()
     import jax, jax.numpy as jnp
     total = jax.pmap(lambda x: jax.lax.psum(x, "i"), axis_name="i")
     while float(total(jnp.ones(1))[0]) == 2:

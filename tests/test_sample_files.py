@@ -9,12 +9,11 @@ import scipy.spatial
 from PIL import Image
 from tiny_run import network_config, random_weights
 
-import checkpoints
-import exported
-import losses
 import run_lib
-import sample_files
 import sampler
+import train_step
+from checkpointing import exported, runs
+from jobs import sample
 from utils import InputError
 
 
@@ -23,10 +22,10 @@ def workdir(tmp_path_factory):
     """A workdir with one checkpoint of a 1-RF."""
     folder = tmp_path_factory.mktemp("run")
     config = network_config()
-    adam = losses.optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=5, grad_clip=1.0)
-    state = losses.initial_state(random_weights(config), adam, step=5)
-    kept = checkpoints.RunCheckpoints(folder / "1_rf")
-    kept.save(state, checkpoints.make_metadata(config, "1_rf", [1, 0]), keep=True)
+    adam = train_step.optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=5, grad_clip=1.0)
+    state = train_step.initial_state(random_weights(config), adam, step=5)
+    kept = runs.RunCheckpoints(folder / "1_rf")
+    kept.save(state, runs.make_metadata(config, "1_rf", [1, 0]), keep=True)
     kept.close()
     return folder
 
@@ -49,7 +48,7 @@ def folder(workdir):
 
 
 def test_samples_are_those_of_the_exported_model_bit_for_bit(workdir, folder):
-    weights, metadata = checkpoints.restore(workdir)
+    weights, metadata = runs.restore(workdir)
     exported.write_folder(workdir / "exported", weights, metadata)
     for path in (workdir, workdir / "exported"):
         model = sampler.load(path, batch_size=4)
@@ -81,7 +80,7 @@ def test_single_images_are_the_samples(folder):
 def test_strips_lead_from_one_sample_to_the_next(folder):
     strips = np.load(folder / "interpolation.npz")["images"]
     images = np.load(folder / "samples.npz")["images"]
-    assert strips.shape == (sample_files.STRIPS, 5, 8, 8, 1)
+    assert strips.shape == (sample.STRIPS, 5, 8, 8, 1)
     for strip in range(3):  # of the six samples
         np.testing.assert_allclose(strips[strip, [0, -1]], images[2 * strip : 2 * strip + 2], atol=1e-5)
     assert np.abs(strips[:, 2] - strips[:, 0]).max() > 0.05
@@ -123,12 +122,12 @@ def test_settings_that_cannot_work_are_refused(workdir, tmp_path):
 def test_arcs_between_noises_are_scipys():
     a, b = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 3, 1)), jnp.float32)
     share = jnp.array([0, 0.3, 1])
-    found = np.asarray(sample_files.spherical(a, b, share))
+    found = np.asarray(sample.spherical(a, b, share))
     for i in range(3):
         unit = [np.float64(x[i]).ravel() / np.linalg.norm(np.float64(x[i])) for x in (a, b)]
         ends = (jnp.asarray(x.reshape(1, 2, 3, 1), jnp.float32) for x in unit)
         expected = scipy.spatial.geometric_slerp(*unit, [float(share[i])])[0]
-        np.testing.assert_allclose(sample_files.spherical(*ends, share[i : i + 1]).ravel(), expected, atol=1e-5)
+        np.testing.assert_allclose(sample.spherical(*ends, share[i : i + 1]).ravel(), expected, atol=1e-5)
     np.testing.assert_array_equal(found[0], a[0])
     np.testing.assert_allclose(found[2], b[2], atol=1e-6)
 
@@ -139,4 +138,4 @@ def test_states_between_saved_ones_are_numpys():
     xs = random.normal(size=(5, 2, 1, 2, 1)).astype(np.float32)
     times = np.array([1, 0.9, 0.5, 0.05, 0.0])
     expected = [np.interp(-times, -ts, column) for column in xs.reshape(5, -1).T]
-    np.testing.assert_allclose(sample_files.states_at(ts, xs, times).reshape(5, -1), np.transpose(expected), atol=1e-6)
+    np.testing.assert_allclose(sample.states_at(ts, xs, times).reshape(5, -1), np.transpose(expected), atol=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 
 from configs.default import get_default_config
-from configs.samplers import sampler_configs
+from configs.validation import sampler_configs
 from utils import InputError
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-import configs.check
 import sampling
 import segments
-from scripts import bench_sampling
+from benchmarks import bench_sampling
+from configs import validation
+from metrics.straightness import straightness, truncation_error
 from utils import InputError
 
 NOISE = jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
@@ -75,25 +76,25 @@ def test_euler_on_a_piecewise_straight_flow_is_exact():
     taus = segments.tau_of_t(boundaries.astype(np.float64))
     expected = np.asarray(NOISE) + np.dot([2.0, -1.0, 0.5, 3.0], np.diff(taus))
     np.testing.assert_allclose(samples.x, expected, atol=1e-6)
-    measured = sampling.straightness(samples.ts, samples.xs, boundaries)
+    measured = straightness(samples.ts, samples.xs, boundaries)
     assert measured.sequential < 1e-6
     assert measured.total > 0.1
 
 
 def test_straightness_copies_no_trajectory():
     ts, xs = jax.ShapeDtypeStruct((129,), jnp.float32), jax.ShapeDtypeStruct((129, 16, 16, 16, 3), jnp.float32)
-    program = jax.jit(sampling.straightness).lower(ts, xs, np.float32([1.0, 0.5, 0.0])).compile()
+    program = jax.jit(straightness).lower(ts, xs, np.float32([1.0, 0.5, 0.0])).compile()
     assert program.memory_analysis().temp_size_in_bytes < xs.size * 4 / 10
 
 
 def test_straightness_over_boundaries_that_fall_between_the_states():
     ts = jnp.float32([1.0, 0.8, 0.3, 0.0])
     xs = jnp.array([[[1.0]], [[0.8]], [[0.3]], [[0.0]]])
-    measured = sampling.straightness(ts, xs, [1.0, 0.5, 0.0])
+    measured = straightness(ts, xs, [1.0, 0.5, 0.0])
     assert measured.total < 1e-10
     assert measured.sequential < 1e-10
     kinked = xs.at[1].add(0.5)
-    measured = sampling.straightness(ts, kinked, [1.0, 0.5, 0.0])
+    measured = straightness(ts, kinked, [1.0, 0.5, 0.0])
     slopes = np.diff(np.asarray(kinked)[:, 0, 0]) / np.diff(np.asarray(ts))
     lengths = -np.diff(np.asarray(ts))
     assert measured.total == pytest.approx(np.sum(lengths * (1.0 - slopes) ** 2), rel=1e-5)
@@ -149,8 +150,8 @@ def test_boundaries_that_do_not_decrease_from_one_to_zero_are_refused(options, w
 
 
 def test_a_configuration_knows_every_solver():
-    assert configs.check.CHOICES["sampling.predictor"] == tuple(sampling.PREDICTORS)
-    assert configs.check.CHOICES["sampling.solver"] == tuple(sampling.SOLVERS)
+    assert validation.CHOICES["sampling.predictor"] == tuple(sampling.PREDICTORS)
+    assert validation.CHOICES["sampling.solver"] == tuple(sampling.SOLVERS)
 
 
 @pytest.mark.parametrize("save_trajectory", [False, True])
@@ -288,7 +289,7 @@ def test_one_broken_image_with_its_own_steps_costs_the_others_nothing():
 
 
 def test_truncation_error_is_the_root_mean_square():
-    assert sampling.truncation_error(jnp.zeros((2, 2)), jnp.float32([[1, 1], [1, 3]])) == pytest.approx(np.sqrt(3))
+    assert truncation_error(jnp.zeros((2, 2)), jnp.float32([[1, 1], [1, 3]])) == pytest.approx(np.sqrt(3))
 
 
 @pytest.mark.parametrize(("overheads", "status"), [([1.0, 1.05], 0), ([1.06, 1.0], 1)])

@@ -12,6 +12,7 @@ from scipy import integrate
 import adaptive
 import sampling
 import segments
+from metrics.straightness import straightness
 
 SHAPE = (16, 3, 2, 1)
 MEAN = np.linspace(-1.0, 1.0, 6).reshape(SHAPE[1:])
@@ -59,7 +60,7 @@ def solved(velocity, z, boundaries, **options):
     return compiled(velocity, **options)(z, np.asarray(boundaries, np.float32))
 
 
-measured_straightness = jax.jit(sampling.straightness)
+measured_straightness = jax.jit(straightness)
 
 
 def rms(difference):

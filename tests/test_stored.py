@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.rf import digits_rf_continuous
-from configs.stored import config_from
+from configs.saved import config_from
 from utils import InputError
 
 

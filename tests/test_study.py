@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import checkpoints
 import models
+from checkpointing import runs
 from configs.rf.digits_rf_continuous import get_config
-from scripts import study, study_page
-from scripts.study_cells import BENCHES, CALLS_PER_EXAMPLE, Cell, Recipe, all_cells
+from study import page as study_page
+from study import run as study_run
+from study.cells import BENCHES, CALLS_PER_EXAMPLE, Cell, Recipe, all_cells
 
 TINY = {"model.nf": 4, "model.ch_mult": (1,), "model.attn_resolutions": (), "model.ema_rate": 0.9}
 
@@ -28,7 +29,7 @@ def bench(tmp_path_factory):
     zeros = jax.tree.map(np.zeros_like, params)
     weights = models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    checkpoints.export_file(path, weights, config)
+    runs.export_file(path, weights, config)
     return dataclasses.replace(
         BENCHES["digits"],
         teacher=str(path),
@@ -60,24 +61,24 @@ def test_every_question_is_on_cells_of_the_study():
 
 
 def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path, monkeypatch):
-    cell, runs = Cell(Recipe(2, m=1, on_policy=True), 2, 0), study.Study(bench, tmp_path / "a")
-    monkeypatch.setattr(study, "_commit", lambda: "checked out meanwhile")
+    cell, runs = Cell(Recipe(2, m=1, on_policy=True), 2, 0), study_run.Study(bench, tmp_path / "a")
+    monkeypatch.setattr(study_run, "_commit", lambda: "checked out meanwhile")
     row = runs.row(cell)
     assert row["commit"] != "checked out meanwhile"
     update = bench.batch_size * (CALLS_PER_EXAMPLE + 0.5)  # (N - 1) / 2 calls of the student, N = 2
     assert bench.calls - update < row["network_calls"] <= bench.calls
-    again = study.Study(bench, tmp_path / "b").row(cell)
-    assert {name: again[name] for name in study.FIGURES} == {name: row[name] for name in study.FIGURES}
+    again = study_run.Study(bench, tmp_path / "b").row(cell)
+    assert {name: again[name] for name in study_run.FIGURES} == {name: row[name] for name in study_run.FIGURES}
     assert row["rms_to_teacher"] > 0
 
 
 def test_a_scaled_budget_is_that_of_runs_in_a_folder_of_their_own(bench, tmp_path, monkeypatch):
     def distilled(runs, recipe, seed):
         assert recipe == Recipe(2, m=1)
-        return study.Model(runs.workdir, recipe, calls=runs.bench.calls)
+        return study_run.Model(runs.workdir, recipe, calls=runs.bench.calls)
 
-    monkeypatch.setattr(study.Study, "_distilled", distilled)
-    model = study.Study(bench, tmp_path).model(Recipe(2, m=1, scale=2), 0)
+    monkeypatch.setattr(study_run.Study, "_distilled", distilled)
+    model = study_run.Study(bench, tmp_path).model(Recipe(2, m=1, scale=2), 0)
     assert (model.recipe.name, model.calls) == ("k2_m1_x2", 2 * bench.calls)
     assert model.checkpoint == tmp_path / "budget_x2"
     assert bench.scaled(2).pairs == {2: (32, "bosh3")}
@@ -92,9 +93,9 @@ def test_a_distillation_takes_the_seconds_of_its_own_part_of_the_reflow(bench, t
             (folder / "2_rf" / "checkpoints" / str(options["training.n_iters"])).mkdir(parents=True)
         return spent[name]
 
-    monkeypatch.setattr(study.Study, "run", run)
-    monkeypatch.setattr(study.Study, "_pairs", lambda runs, *_: (tmp_path / "pairs", 96, 10))
-    runs = study.Study(bench, tmp_path)
+    monkeypatch.setattr(study_run.Study, "run", run)
+    monkeypatch.setattr(study_run.Study, "_pairs", lambda runs, *_: (tmp_path / "pairs", 96, 10))
+    runs = study_run.Study(bench, tmp_path)
     whole = runs.model(Recipe(2), 0)
     start = runs._reflowed(Recipe(2, m=1), 0, whole=False)
     assert (start.updates, start.seconds) == (bench.reflow, 10 + 1)
@@ -106,7 +107,7 @@ def test_a_run_that_is_stopped_keeps_its_seconds(bench, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("run_lib.train", stopped)
-    runs = study.Study(bench, tmp_path)
+    runs = study_run.Study(bench, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         runs.run(tmp_path, "2_rf", 0, {}, is_done=False)
     assert runs.run(tmp_path, "2_rf", 0, {}, is_done=True) > 0
@@ -115,20 +116,22 @@ def test_a_run_that_is_stopped_keeps_its_seconds(bench, tmp_path, monkeypatch):
 def test_a_row_of_another_teacher_is_made_again_and_not_verified(bench, tmp_path, monkeypatch):
     def main(*arguments):
         monkeypatch.setattr("sys.argv", ["study.py", "digits", "--workdir", str(tmp_path), *arguments])
-        study.main()
+        study_run.main()
 
     monkeypatch.chdir(tmp_path)  # which the script leaves
     cell, made = "k4_m1/euler_4/seed_0", []
     rows = [{"bench": "digits", "cell": cell, "teacher": "0f"}]
-    monkeypatch.setattr(study, "read_rows", lambda: rows)
-    monkeypatch.setattr(study, "append_row", made.append)
-    monkeypatch.setattr(study.Study, "real", types.SimpleNamespace(network=types.SimpleNamespace(identity="a")))
-    monkeypatch.setattr(study.Study, "row", lambda runs, cell: dict.fromkeys(study.FIGURES, 0.0) | {"cell": cell.id})
+    monkeypatch.setattr(study_run, "read_rows", lambda: rows)
+    monkeypatch.setattr(study_run, "append_row", made.append)
+    monkeypatch.setattr(study_run.Study, "real", types.SimpleNamespace(network=types.SimpleNamespace(identity="a")))
+    monkeypatch.setattr(
+        study_run.Study, "row", lambda runs, cell: dict.fromkeys(study_run.FIGURES, 0.0) | {"cell": cell.id}
+    )
     main("--only", cell, "--teacher", bench.teacher)
     assert [row["cell"] for row in made] == [cell]
     with pytest.raises(SystemExit, match=r"error: no row of .* is of the cell 'k4_m1/euler_4/seed_0'"):
         main("--verify", cell, "--teacher", bench.teacher)
-    rows[0]["teacher"] = study.Study(bench, tmp_path).teacher[1]
+    rows[0]["teacher"] = study_run.Study(bench, tmp_path).teacher[1]
     main("--only", cell, "--teacher", bench.teacher)
     assert len(made) == 2  # by another feature network
     rows[0]["features"] = "a"
@@ -144,10 +147,10 @@ def test_the_page_trains_nothing_for_its_picture(bench, tmp_path, monkeypatch):
 
 def test_rows_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "study.jsonl"
-    study.append_row({"cell": "a"}, path)
+    study_run.append_row({"cell": "a"}, path)
     path.write_text(path.read_text() + '{"cell": "b", "fi')
-    study.append_row({"cell": "c"}, path)
-    assert [row["cell"] for row in study.read_rows(path)] == ["a", "c"]
+    study_run.append_row({"cell": "c"}, path)
+    assert [row["cell"] for row in study_run.read_rows(path)] == ["a", "c"]
     assert json.loads(path.read_text().splitlines()[-1]) == {"cell": "c"}
 
 

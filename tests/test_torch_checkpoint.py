@@ -20,13 +20,15 @@ import torch
 from etils import epath
 from flax import traverse_util
 from test_models import FAMILY, output, quick_jit, random_inputs, tiny_config, twin_output
-from torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
 
-import checkpoints
 import models
 import sampling
 import segments
-from models import torch_checkpoint, torch_layout
+from benchmarks.torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
+from checkpointing import runs
+from models.pytorch import checkpoint as torch_checkpoint
+from models.pytorch import layout as torch_layout
+from scripts import convert_torch
 from utils import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -607,30 +609,29 @@ def get_config():
 """
 
 
-def run_script(monkeypatch, name, *arguments):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return __import__(name).main([str(argument) for argument in arguments])
+def convert(*arguments):
+    return convert_torch.main([str(argument) for argument in arguments])
 
 
-def test_scripts_convert_there_and_back(tmp_path, monkeypatch, capsys):
+def test_scripts_convert_there_and_back(tmp_path, capsys):
     _, _, contents = made()
     config_file = tmp_path / "config.py"
     config_file.write_text(CONFIG)
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
-    assert run_script(monkeypatch, "import_torch", saved(contents, tmp_path), ours, "--config", config_file) == 0
-    assert run_script(monkeypatch, "export_torch", ours, back, "--config", config_file) == 0
+    assert convert(saved(contents, tmp_path), ours, "--config", config_file) == 0
+    assert convert(ours, back, "--config", config_file) == 0
     assert "step 10, Adam after 3 updates" in capsys.readouterr().out
     found = torch.load(back, weights_only=True)
     assert_same(found, contents)
 
 
-def test_scripts_end_in_one_line(tmp_path, monkeypatch, capsys):
+def test_scripts_end_in_one_line(tmp_path, capsys):
     config_file = tmp_path / "config.py"
     config_file.write_text(CONFIG)
     out = tmp_path / "out"
-    assert run_script(monkeypatch, "import_torch", tmp_path / "none.pth", out, "--config", config_file) == 2
-    assert run_script(monkeypatch, "import_torch", tmp_path / "none.pth", out, "--config", tmp_path / "none.py") == 2
-    assert run_script(monkeypatch, "export_torch", tmp_path / "no", out, "--config", config_file) == 2
+    assert convert(tmp_path / "none.pth", out, "--config", config_file) == 2
+    assert convert(tmp_path / "none.pth", out, "--config", tmp_path / "none.py") == 2
+    assert convert(tmp_path / "no", tmp_path / "out.pth", "--config", config_file) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("error: ") for line in lines)
@@ -656,8 +657,8 @@ def test_what_the_script_cannot_export_is_said_in_its_own_terms(k, options, expe
         path: np.zeros(shape, np.float32) for path, shape in models.weight_shapes(models.create_model(config)).items()
     }
     tree = traverse_util.unflatten_dict(leaves)
-    checkpoints.export_file(ours, models.Weights(tree, tree, tree, tree, count=0, step=0), config)
-    assert run_script(monkeypatch, "export_torch", ours, out, "--config", config_file) == 2
+    runs.export_file(ours, models.Weights(tree, tree, tree, tree, count=0, step=0), config)
+    assert convert(ours, out, "--config", config_file) == 2
     line = capsys.readouterr().err
     assert expected in line
     assert "--config." not in line
@@ -672,17 +673,17 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent)
 import run_lib
-import checkpoints
+from checkpointing import runs
 import ml_collections
 config = ml_collections.ConfigDict(json.loads(sys.argv[2]))
-weights = checkpoints.load_weights(sys.argv[1], config)
+weights = runs.load_weights(sys.argv[1], config)
 assert (weights.step, weights.count) == (10, 3)
 """
 
 
-def test_a_converted_checkpoint_needs_no_torch(tmp_path, monkeypatch):
+def test_a_converted_checkpoint_needs_no_torch(tmp_path):
     config, _, contents = made()
     config_file, ours = tmp_path / "config.py", tmp_path / "ours.safetensors"
     config_file.write_text(CONFIG)
-    assert run_script(monkeypatch, "import_torch", saved(contents, tmp_path), ours, "--config", config_file) == 0
+    assert convert(saved(contents, tmp_path), ours, "--config", config_file) == 0
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(ours), config.to_json()], cwd=ROOT, check=True)

@@ -7,11 +7,11 @@ import pytest
 from pair_maker import mount_bucket
 from PIL import Image
 
-import tracking
+from tracking.tracker import Tracker, logger
 
 
 def tracker(folder, **options):
-    return tracking.Tracker(folder / "stage", workdir=folder, name="test", config={"seed": 1}, **options)
+    return Tracker(folder / "stage", workdir=folder, name="test", config={"seed": 1}, **options)
 
 
 def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_other_hosts_write_nothing(tmp_path):
 
 
 def test_a_run_goes_on_without_wandbs_process(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tracking.logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
     run = tracker(tmp_path)
     run.log(1, {"loss": 1.0})
 

@@ -1,6 +1,6 @@
 """AFHQ-Cat, 256 x 256, from its folder of training pictures (afhq/train/cat).
 
-    python scripts/prepare_dataset.py images --from afhq/train/cat --to DATA_DIR --size 256
+    python -m scripts.prepare_dataset images --from afhq/train/cat --to DATA_DIR --size 256
     python main.py --config=configs/rf/afhq_cat_256_rf_continuous.py --workdir=runs/afhq_cat_256 \
         --mode=train --config.model.rf_phase=1 --config.data.data_dir=DATA_DIR
 

@@ -5,7 +5,7 @@
 
 TFDS prepares it from the file data256x256.tar in its folder of manual downloads. With a folder of pictures instead:
 
-    python scripts/prepare_dataset.py images --from FOLDER --to DATA_DIR --size 256
+    python -m scripts.prepare_dataset images --from FOLDER --to DATA_DIR --size 256
 
 and --config.data.dataset=IMAGES --config.data.data_dir=DATA_DIR.
 

@@ -1,13 +1,13 @@
 """Fashion-MNIST at 14 x 14 grey, half of its size, resized without aliasing: the bench for studies on a CPU.
 
-    python scripts/prepare_dataset.py fashion_mnist --from /usr/share/datasets/fashion-mnist
+    python -m scripts.prepare_dataset fashion_mnist --from /usr/share/datasets/fashion-mnist
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python main.py --mode=train \
         --config=configs/rf/fashion_mnist_14_rf_continuous.py --workdir=runs/fashion_mnist_14 --config.model.rf_phase=1
 
 Source: the digits configuration, half as wide again; chosen here, not published anywhere. 422,353 weights. Time: about
 half an hour on 2 calm CPU cores (not measured undisturbed). Result after 6,000 updates, 100 Euler steps, 4,096 samples:
-fid_fashion_mnist_14_classifier 0.860, clothes at a glance; 4,096 test images are at 0.203 (scripts/floor.py). The
-classifier is right on 0.9085 of the test images. The weights are in model_zoo/fashion_mnist_14_1rf.
+fid_fashion_mnist_14_classifier 0.860, clothes at a glance; 4,096 test images are at 0.203 (scripts/reference_stats.py).
+The classifier is right on 0.9085 of the test images. The weights are in model_zoo/fashion_mnist_14_1rf.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Fashion-MNIST, 28 x 28 grey, through TFDS.
 
-    python scripts/prepare_dataset.py fashion_mnist --from /usr/share/datasets/fashion-mnist
+    python -m scripts.prepare_dataset fashion_mnist --from /usr/share/datasets/fashion-mnist
     python main.py --config=configs/rf/fashion_mnist_rf_continuous.py --mode=train --config.model.rf_phase=1 \
         --workdir=runs/fashion_mnist
 

@@ -4,7 +4,7 @@ Source: the public PyTorch implementation of arXiv 2209.03003, configs/default_l
 configs/rectified_flow/. The published training took 2,400,001 updates: --config.training.n_iters=2400001. Recommended
 batches on a TPU v3-8: 64 to train, 256 to evaluate. A pair takes 1.6 MB: --config.training.n_reflow_data=100000 makes
 157 GB; reflow_dtype=float16 and reflow_store_noise=False halve that. Only the network's outputs are checked here, on
-random weights: scripts/check_full_size_torch.py.
+random weights: benchmarks/check_full_size_torch.py.
 """
 
 import ml_collections

@@ -1,0 +1,1 @@
+"""Measurements against named rivals, and long checks; none of them belongs to the tests."""

@@ -1,0 +1,1 @@
+"""What evaluation measures: distances between features, the networks of these, straightness."""

@@ -1,0 +1,305 @@
+"""The page of report: everything that a workdir holds, in one file that needs no other.
+
+What is read from files is text and numbers for the template, which escapes it (Jinja's autoescape), and pictures.
+"""
+
+import base64
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from report import plots as report_plots
+from report.results import Evaluation, claims
+
+STAGES = ("1_rf", "samples", "2_rf", "2_distill*")  # in the order in which they run
+HISTORY = ("loss", "gradient_norm", "learning_rate", "images_per_second")
+CURVES = {"curve": "straightness over all of time", "sequential_curve": "straightness within the segments"}
+SHOWN = 16  # samples in a row of the same noises
+GRID = 64  # images of samples.png
+PAIR_FACTS = (
+    "pairs", "k", "boundaries", "adaptive", "image_shape", "dataset", "tol", "solver", "error_norm", "dtype",
+    "store_noise", "inverted_pairs", "teacher", "seed", "files", "complete",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the page: its bytes as an address, what it shows, and its caption."""
+
+    address: str
+    alt: str
+    caption: str = ""
+
+
+def write(workdir: pathlib.Path, steps: list[list[Evaluation]], fid: str, rows: list[list[str]]) -> pathlib.Path:
+    """Writes `<workdir>/report.html` and its pictures into `<workdir>/report/`; returns the page's path.
+
+    Args:
+      steps: the measured checkpoints of every evaluation folder, by step.
+      fid: the name of the FID.
+      rows: of the table.
+    """
+    last = [each[-1] for each in steps]
+    stages = _stages(workdir)
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report_page.html").render(
+        title=workdir.resolve().name,
+        date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        fid=fid,
+        rows=rows,
+        claims=_claims(last, fid),
+        floors=_floors(last, fid),
+        pictures=_pictures(workdir, steps, stages, fid),
+        history=HISTORY,
+        curves=CURVES,
+        samples=_sample_rows(workdir, last),
+        trajectories=_existing([one for one in last if one.metrics["sampler"] == "ODE"], "trajectory.png"),
+        nearest=_existing(last, "nearest.png"),
+        pairs=_pair_facts(workdir),
+        pair_pictures=[_picture(path, path.stem) for path in _files(workdir, "samples/*.png")],
+        commands=_commands(stages, last),
+        measured=[_how_measured(one) for one in last],
+        explore="explore.html" if (workdir / "explore.html").exists() else None,
+    )
+    path = workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_fid(path: pathlib.Path, last: list[Evaluation], fid: str) -> None:
+    """Draws the FID against NFE, with the floor where it was measured."""
+    report_plots.draw_quality(path, _curves(last, fid), fid, next(iter(_values(last, f"floor_{fid}")), None))
+
+
+def _curves(last: list[Evaluation], quality: str) -> dict[str, tuple[list, list]]:
+    """{model and kind of sampler: (NFE, quality)} of the evaluations that have it."""
+    curves: dict[str, tuple[list, list]] = {}
+    for one in last:
+        if (value := one.value(quality)) is not None:
+            nfe, values = curves.setdefault(f"{one.metrics['model']}, {one.metrics['sampler'].split(' ')[0]}", ([], []))
+            nfe.append(one.metrics["nfe"])
+            values.append(value)
+    return curves
+
+
+def _values(last: list[Evaluation], name: str) -> list[float]:
+    return [value for one in last if (value := one.value(name)) is not None]
+
+
+def _pictures(workdir, steps: list[list[Evaluation]], stages, fid: str) -> dict[str, Picture | None]:
+    """The figures by the name that the template knows; None where there is nothing to draw."""
+    last, folder = [each[-1] for each in steps], workdir / "report"
+    folder.mkdir(exist_ok=True)
+    drawn: dict[str, Picture | None] = {"fid": _picture(workdir / "fid_against_nfe.png", f"{fid} against NFE")}
+    for name, quality, axis in (
+        ("rms", "rms_to_teacher", "RMS distance to the teacher's own sample"),
+        ("truncation", "truncation_error", "truncation error: RMS to the model's own exact sample"),
+    ):
+        if curves := _curves(last, quality):
+            report_plots.draw_quality(folder / f"{name}.png", curves, axis)
+        drawn[name] = _picture(folder / f"{name}.png", axis) if curves else None
+    straightness, history = _straightness(last), {name: stage["history"] for name, stage in stages.items()}
+    for curve, shown in CURVES.items():
+        if straightness:
+            report_plots.draw_straightness_of_models(folder / f"{curve}.png", straightness, curve)
+        drawn[curve] = _picture(folder / f"{curve}.png", shown) if straightness else None
+    checkpoints = {each[0].name: [one.metrics for one in each] for each in steps if len(each) > 1}
+    for name, histories in [("checkpoints", checkpoints), *((name, history) for name in HISTORY)]:
+        value = fid if name == "checkpoints" else name
+        if is_logged := any(value in line for lines in histories.values() for line in lines):
+            report_plots.draw_history(folder / f"{name}.png", histories, value)
+        drawn[name] = _picture(folder / f"{name}.png", name.replace("_", " ")) if is_logged else None
+    return drawn
+
+
+def _straightness(last: list[Evaluation]) -> dict[str, dict[str, np.ndarray]]:
+    """The curves of the adaptive solves by model; of a model without one, those of its most steps."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for one in sorted(last, key=lambda one: (one.metrics["sampler"] == "ODE", one.metrics["nfe"])):
+        if (arrays := _arrays(one.folder / "straightness.npz", ("ts", "curve", "sequential_curve"))) is not None:
+            found[f"{one.metrics['model']}, {one.metrics['sampler']}"] = arrays
+    by_model = {name.rpartition(", ")[0]: name for name in found}
+    return {name: found[name] for name in sorted(by_model.values())}
+
+
+def _arrays(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+    """Finite vectors of an .npz, the first one longer by one; None where they are not there."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {name: np.asarray(saved[name], np.float64) for name in names}
+    except Exception:  # a damaged header can make np.load raise nearly anything
+        return None
+    sizes = [array.shape for array in arrays.values()]
+    fits = all(len(size) == 1 and size[0] + (n > 0) == sizes[0][0] for n, size in enumerate(sizes))
+    return arrays if fits and all(np.isfinite(array).all() for array in arrays.values()) else None
+
+
+def _sample_rows(workdir, last: list[Evaluation]) -> list[tuple[str, str, Picture]]:
+    """(model, sampler, its samples of the first noises side by side), cut from samples.png."""
+    found = []
+    for one in sorted(last, key=lambda one: (one.metrics["model"], one.metrics["nfe"])):
+        path = workdir / "report" / f"samples_{one.name}.png"
+        if _cut_samples(one, path):
+            model, sampler, nfe = (one.metrics[name] for name in ("model", "sampler", "nfe"))
+            name = sampler if sampler.split(" ")[-1] == f"{nfe:.0f}" else f"{sampler}, NFE {nfe:.0f}"
+            found.append((model, name, _picture(path, f"samples of {model} by {sampler}")))
+    return found
+
+
+def _cut_samples(one: Evaluation, path: pathlib.Path) -> bool:
+    """Writes the first rows of the grid samples.png beside each other; False where there is no such grid."""
+    given = _inner(one.metrics, "settings").get("num_samples")
+    count = min(GRID, given) if isinstance(given, int) and given > 0 else GRID
+    try:
+        with Image.open(one.folder / "samples.png", formats=["PNG"]) as picture:
+            grid = picture.convert("RGB")
+    except Exception:  # Pillow raises nearly anything for a damaged file
+        return False
+    columns = math.ceil(math.sqrt(count))
+    width, height = grid.width / columns, grid.height / math.ceil(count / columns)
+    if width != height or width != int(width):
+        return False
+    rows = max(1, min(SHOWN, count) // columns)
+    strip = Image.new("RGB", (rows * grid.width, int(height)), "white")
+    for row in range(rows):
+        strip.paste(grid.crop((0, row * int(height), grid.width, (row + 1) * int(height))), (row * grid.width, 0))
+    strip.save(path)
+    return True
+
+
+def _existing(last: list[Evaluation], name: str) -> list[Picture]:
+    """The pictures of this name that evaluations have left, with what they are of."""
+    return [
+        _picture(one.folder / name, f"{one.metrics['model']}, {one.metrics['sampler']}")
+        for one in last
+        if (one.folder / name).is_file()
+    ]
+
+
+def _picture(path: pathlib.Path, alt: str) -> Picture:
+    return Picture("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(), alt, alt)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _claims(last: list[Evaluation], fid: str) -> list[str]:
+    try:
+        return [str(claim) for claim in claims(last, fid) if not math.isnan(claim.ratio)]
+    except KeyError:  # not all of what they compare was measured
+        return []
+
+
+def _floors(last: list[Evaluation], fid: str) -> list[str]:
+    """What the floor is and of how many images, once for each."""
+    found = []
+    for one in last:
+        if (floor := one.value(f"floor_{fid}")) is not None:
+            counts = [one.value(f"floor_{name}") or 0 for name in ("samples", "reference_samples")]
+            found.append(f"{floor:.3g}, of {counts[0]:.0f} real images against {counts[1]:.0f}")
+    return list(dict.fromkeys(found))
+
+
+def _stages(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{folder: its record (provenance.json) and the numbers that it has logged}, in the order in which they run."""
+    found = {}
+    for pattern in STAGES:
+        for folder in sorted(path for path in workdir.glob(pattern) if path.is_dir()):
+            lines = _json(folder / "metrics.json", [])
+            numbers = [_numbers(line) for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+            history = [line for line in numbers if "step" in line and "loss" in line]
+            record = _json(folder / "provenance.json", {})
+            found[folder.name] = {"history": history, "record": record if isinstance(record, dict) else {}}
+    return found
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, int | float)}
+
+
+def _commands(stages: dict[str, dict[str, Any]], last: list[Evaluation]) -> list[tuple[str, str]]:
+    """(what it made, command), each command once, in the order in which they were given."""
+    records = [(name, stage["record"]) for name, stage in stages.items()]
+    records += [(one.name, _inner(one.metrics, "provenance")) for one in last]
+    made: dict[str, list[str]] = {}
+    for name, record in records:
+        if isinstance(command := record.get("command"), str):
+            made.setdefault(command, []).append(name)
+    return [(", ".join(names), command) for command, names in made.items()]
+
+
+def _pair_facts(workdir: pathlib.Path) -> dict[str, str]:
+    manifest = _json(workdir / "samples" / "reflow_batch" / "manifest.json", {})
+    facts = {name: manifest[name] for name in PAIR_FACTS if name in manifest} if isinstance(manifest, dict) else {}
+    lines = _json(workdir / "samples" / "metrics.json", [])
+    made = lines[-1] if isinstance(lines, list) and lines and isinstance(lines[-1], dict) else {}
+    facts |= {name: f"{value:.4g}" for name, value in _numbers(made).items() if name not in ("step", "pairs")}
+    return {name.replace("_", " "): _text(value) for name, value in facts.items()}
+
+
+def _how_measured(one: Evaluation) -> tuple[str, dict[str, str]]:
+    """(evaluation, what its figures depend on), from its entries 'settings' and 'provenance'."""
+    settings, record = (_inner(one.metrics, name) for name in ("settings", "provenance"))
+    commit = record.get("commit")
+    facts = {
+        "checkpoint": f"{record.get('checkpoint', '')} (EMA weights {settings.get('weights', '')})",
+        "EMA rate": record.get("ema_rate"),
+        "samples": settings.get("num_samples"),
+        "noises behind straightness, truncation error, distance to the teacher": settings.get("straightness_samples"),
+        "feature network": settings.get("network"),
+        "reference": settings.get("reference"),
+        "sampler": record.get("sampler", settings.get("sampling")),
+        "boundaries": settings.get("boundaries"),
+        "seed": settings.get("seed"),
+        "batch": settings.get("batch_size"),
+        "devices": settings.get("devices"),
+        "images/s, sampling": one.value("seconds_per_1000") and f"{1000 / one.metrics['seconds_per_1000']:.4g}",
+        "seconds, everything": record.get("seconds"),
+        "code": commit and f"{commit}{', changed' if record.get('dirty') else ''}",
+        "versions": record.get("versions"),
+        "pairs": record.get("pairs"),
+        "best step": _json(one.folder.parent / "best.json", None),
+    }
+    return f"{one.metrics['model']}, {one.metrics['sampler']}: {os.path.join(one.name, one.folder.name)}", {
+        name: _text(value) for name, value in facts.items() if value not in (None, "", {}, [])
+    }
+
+
+def _text(value: Any) -> str:
+    """A value of a JSON file on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _inner(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    value = metrics.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _json(path: pathlib.Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def _files(workdir: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    return sorted(path for path in workdir.glob(pattern) if path.is_file())

@@ -1,0 +1,142 @@
+"""What a workdir's evaluations measured: their metrics.json as rows, as a table, and what the quickstart claims."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+COLUMNS = {
+    "NFE": ("nfe", "{:.0f}"),
+    "FID": (None, "{:.3g}"),
+    "straightness": ("straightness", "{:.4g}"),
+    "sequential": ("sequential_straightness", "{:.4g}"),
+    "truncation": ("truncation_error", "{:.3g}"),
+    "s / 1000": ("seconds_per_1000", "{:.3g}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A measured checkpoint: its folder `<eval_folder>/step_<step>` and its metrics.json."""
+
+    folder: pathlib.Path
+    metrics: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the evaluation's folder in the workdir."""
+        return self.folder.parent.name
+
+    @property
+    def order(self) -> tuple:
+        """By model, then adaptive first, then by NFE."""
+        return self.metrics["model"], self.metrics["sampler"] != "ODE", self.metrics["nfe"], self.name
+
+    def value(self, name: str) -> float | None:
+        """A number of metrics.json; None where it was not measured."""
+        value = self.metrics.get(name)
+        return value if _is_number(value) else None
+
+
+def evaluations(workdir: pathlib.Path) -> list[list[Evaluation]]:
+    """Every evaluation folder's measured checkpoints by step; the folders in the order of their last ones.
+
+    Files that are not of an evaluation are left out, with a line on stderr.
+    """
+    found: dict[pathlib.Path, list[tuple[int, Evaluation]]] = {}
+    for path in sorted(workdir.glob("*/step_*/metrics.json")):
+        step = path.parent.name.removeprefix("step_")
+        metrics = _read(path)
+        if not step.isdecimal() or not _is_evaluation(metrics):
+            print(f"left out: {path} is not the metrics.json of an evaluation", file=sys.stderr)
+            continue
+        found.setdefault(path.parent.parent, []).append((int(step), Evaluation(path.parent, metrics)))
+    steps = [[one for _, one in sorted(each, key=lambda pair: pair[0])] for each in found.values()]
+    return sorted(steps, key=lambda each: each[-1].order)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_evaluation(metrics: Any) -> bool:
+    if not isinstance(metrics, dict) or not all(isinstance(metrics.get(name), str) for name in ("model", "sampler")):
+        return False
+    names = [key for key, _ in COLUMNS.values() if key]
+    numbers = all(name in metrics and (metrics[name] is None or _is_number(metrics[name])) for name in names)
+    return numbers and _is_number(metrics["nfe"]) and any(name.startswith("fid") for name in metrics)
+
+
+def fid_name(found: list[Evaluation]) -> str:
+    """'fid' for Inception, else the name that says which network's features were compared."""
+    return next(name for name in found[0].metrics if name.startswith("fid"))
+
+
+def rows_of(found: list[Evaluation], fid: str) -> list[list[str]]:
+    """The table's cells: its head, then a row for each model and sampler."""
+    rows = [["model", "sampler", *(name if name != "FID" else fid for name in COLUMNS)]]
+    for one in found:
+        values = [(one.value(key or fid), form) for key, form in COLUMNS.values()]
+        cells = ["-" if value is None else form.format(value) for value, form in values]
+        rows.append([one.metrics["model"], one.metrics["sampler"], *cells])
+    return rows
+
+
+def table(rows: list[list[str]]) -> str:
+    """The cells as a Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A ratio of two measured figures, and the largest that it may be."""
+
+    text: str
+    ratio: float
+    most: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within its bound; one that could not be measured is not."""
+        return self.ratio <= self.most
+
+    def __str__(self):
+        return f"{self.text}: {self.ratio:.3f} (asked: <= {self.most:g}){'' if self.holds else '   MISSED'}"
+
+
+def claims(found: list[Evaluation], fid: str) -> list[Claim]:
+    """The quickstart's claims: a lower FID in k calls, none lost by distillation, a straighter flow.
+
+    Raises:
+      KeyError: one of the models or samplers was not measured.
+    """
+    by_name = {(one.metrics["model"], one.metrics["sampler"]): one for one in found}
+    student = next((model for model, _ in by_name if model.endswith("-SeqRF")), "k-SeqRF")
+    euler = f"Euler {student.partition('-')[0]}"
+
+    def ratio(one, other, figure):
+        one, other = by_name[one].value(figure), by_name[other].value(figure)
+        return float("nan") if one is None or not other else one / other
+
+    first, distilled = ("1-RF", euler), (f"{student}-Distill", euler)
+    return [
+        Claim(f"{fid} of {student} / 1-RF, {euler}", ratio((student, euler), first, fid), 1 / 5),
+        Claim(f"{fid} of {student}-Distill / {student}, {euler}", ratio(distilled, (student, euler), fid), 1),
+        Claim(
+            f"sequential straightness of {student} / 1-RF, ODE",
+            ratio((student, "ODE"), ("1-RF", "ODE"), "sequential_straightness"),
+            1 / 4,
+        ),
+    ]

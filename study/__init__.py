@@ -1,0 +1,1 @@
+"""Which number of segments, which recipe: measured at equal cost."""

@@ -1,0 +1,73 @@
+"""Which configurations are refused before any work is done, and with what words."""
+
+import pytest
+
+from configs.default import get_default_config
+from configs.validation import CHOICES, RANGES, check_batches, check_config
+from utils import InputError
+
+
+def config_with(**settings):
+    config = get_default_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in settings.items()})
+    return config
+
+
+def test_the_defaults_pass():
+    for mode in ("train", "eval"):
+        check_config(get_default_config(), mode)
+
+
+@pytest.mark.parametrize("name", [*CHOICES, *RANGES])
+def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(name):
+    value = get_default_config()
+    for key in name.split("."):
+        value = value[key]
+    wrong = "no such value" if isinstance(value, str) else type(value)(-3)
+    with pytest.raises(InputError, match=f"--config.{name}={wrong}: "):
+        check_config(config_with(**{name.replace(".", "__"): wrong}), "train")
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "message"),
+    [
+        ("train", {"training__loss": "lpips_huber"}, "give training.lpips_path and training.lpips_heads"),
+        ("train", {"training__snapshot_fid_sample": 1}, "need 2 samples or more"),
+        ("train", {"training__inverted_pairs": 0.5, "training__reflow_store_noise": False}, "reflow_store_noise=True"),
+        ("train", {"model__ema_rates": (0.9, 1.5)}, "rates from 0 to 1"),
+        ("train", {"model__ema_rates": (0.999999,)}, "other than ema_rate"),
+        ("train", {"model__ema_rates": (0.9, 0.9)}, "names a rate twice"),
+        ("eval", {"model__ema_rates": (0.9,), "eval__ema_rate": 0.99}, r"a rate of the run \(0.999999, 0.9\)"),
+        (
+            "train",
+            {"optim__schedule": "cosine", "optim__warmup": 10, "training__n_iters": 10},
+            "more than optim.warmup",
+        ),
+        ("train", {"sampling__method": "pc", "model__num_scales": 3, "training__reflow_t": 4}, "use at least 4"),
+        ("train", {"training__n_jitted_steps": 3}, "not a multiple of n_jitted_steps"),
+        ("eval", {"eval__samplers": "ode;euler:1,4", "training__reflow_t": 2}, "num_scales=1 steps cannot cover"),
+        ("eval", {"eval__samplers": "ode:1e-3,0"}, "--config.sampling.tol=0.0"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(mode, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_config(config_with(**settings), mode)
+
+
+@pytest.mark.parametrize(
+    ("devices", "settings", "message"),
+    [
+        (3, {"eval__batch_size": 1024}, r"eval.batch_size=1024 cannot be shared by 3 devices; use 1023 or 1026$"),
+        (8, {"training__batch_size": 4}, r"training.batch_size=4 cannot be shared by 8 devices; use 8$"),
+        (8, {"training__accumulate": 3}, r"512 cannot be shared by 8 devices, .*accumulate=3 parts; use 504 or 528$"),
+        (
+            8,
+            {"training__on_policy": 0.3},
+            r"154 of 512 examples cannot be shared by 8 devices; use 0.296875 or 0.3125$",
+        ),
+    ],
+)
+def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest_that_they_can(devices, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_batches(config_with(**settings), "train", devices=devices)
+    check_batches(config_with(), "train", devices=8)
