@@ -68,7 +68,8 @@ def test_settings_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page):
     text = (ROOT / page).read_text()
-    folders = "|".join([*(path.parent.name for path in ROOT.glob("*/__init__.py")), "docs", "scripts", "tests", r"\.ci"])
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    folders = "|".join([*packages, "docs", "scripts", "tests", r"\.ci"])
     named = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.-]*\w)", text)
     placeholders = ("configs/rf/FILE.py", "tests/test_")
     assert not [name for name in named if name not in placeholders and not (ROOT / name).exists()]
