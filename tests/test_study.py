@@ -112,12 +112,12 @@ def test_a_distillation_takes_the_seconds_of_its_own_part_of_the_reflow(bench, t
 
     def run(models, folder, name, seed, options, *, is_done):
         if not is_done:
-            spent[name] += 1
+            spent[name] += 1.0
             (folder / "2_rf" / "checkpoints" / str(options["training.n_iters"])).mkdir(parents=True)
         return spent[name]
 
     monkeypatch.setattr(Models, "run", run)
-    monkeypatch.setattr(Models, "_pairs", lambda models, *_: PairSet(tmp_path / "pairs", 96, 10))
+    monkeypatch.setattr(Models, "_pairs", lambda models, *_: PairSet(tmp_path / "pairs", 96, 10.0))
     made = Models(bench, tmp_path)
     whole = made.model(Recipe(2), 0)
     start = made._reflowed(Recipe(2, m=1), 0, whole=False)
@@ -193,7 +193,7 @@ def test_a_verdict_is_a_paired_t_statistic_above_two_with_one_sign():
     rng = np.random.default_rng(0)
     settled = []
     for shift in np.linspace(-0.3, 0.3, 21):
-        first, second = rng.normal(shift, 0.05, 3), rng.normal(0, 0.05, 3)
+        first, second = rng.normal(shift, 0.05, 3).tolist(), rng.normal(0, 0.05, 3).tolist()
         verdict = study_page.compare(
             *(
                 [{"seed": seed, "fid_pixels_8": value} for seed, value in enumerate(values)]
@@ -201,7 +201,7 @@ def test_a_verdict_is_a_paired_t_statistic_above_two_with_one_sign():
             ),
             "fid",
         )
-        one_sign = len(set(np.sign(first - second))) == 1
+        one_sign = len(set(np.sign(np.subtract(first, second)))) == 1
         assert verdict.is_settled == (one_sign and abs(scipy.stats.ttest_rel(first, second).statistic) > 2)
         settled.append(verdict.word)
     assert {"better", "worse", "not settled"} <= set(settled)
