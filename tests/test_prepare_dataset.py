@@ -4,7 +4,6 @@ import gzip
 import pathlib
 import struct
 
-import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -19,9 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def data(dataset, folder, size, channels):
     """`config.data` of a prepared data set."""
-    return ml_collections.ConfigDict(
-        {"dataset": dataset, "category": "", "data_dir": str(folder), "image_size": size, "num_channels": channels}
-    )
+    return datasets.DataOptions(dataset, size, channels, data_dir=str(folder))
 
 
 def idx(array, kind=0x08):

@@ -102,7 +102,7 @@ def test_evaluation_measures_and_shows_the_unit_range(workdir, mode):
     folder = workdir / mode / "step_4"
     assert brightness(folder / "samples.png") == pytest.approx(BRIGHTNESS_OF_NOISE, abs=0.03)
     found = json.loads((folder / "metrics.json").read_text())["fid_digits_classifier"]
-    network = feature_networks.label_classifier(config().data)
+    network = feature_networks.label_classifier(datasets.DataOptions(**config().data))
     noise = np.random.default_rng(0).normal(size=(2048, 8, 8, 1))
     real = network.features_and_logits(datasets.digits()[0])[0]
     unit, centered = (
