@@ -6,10 +6,12 @@ What is read from files is text and numbers for the template, which escapes it (
 import base64
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -17,10 +19,14 @@ import numpy as np
 from PIL import Image
 
 from report import plots as report_plots
-from report.results import Evaluation, claims
+from report.results import Evaluation, Results
 
 STAGES = ("1_rf", "samples", "2_rf", "2_distill*")  # in the order in which they run
 HISTORY = ("loss", "gradient_norm", "learning_rate", "images_per_second")
+DISTANCES = {
+    "rms": ("rms_to_teacher", "RMS distance to the teacher's own sample"),
+    "truncation": ("truncation_error", "truncation error: RMS to the model's own exact sample"),
+}
 CURVES = {"curve": "straightness over all of time", "sequential_curve": "straightness within the segments"}
 SHOWN = 16  # samples in a row of the same noises
 GRID = 64  # images of samples.png
@@ -39,29 +45,20 @@ class Picture:
     caption: str = ""
 
 
-def write(workdir: pathlib.Path, steps: list[list[Evaluation]], fid: str, rows: list[list[str]]) -> pathlib.Path:
+def write(workdir: pathlib.Path, results: Results) -> pathlib.Path:
     """Writes `<workdir>/report.html` and its pictures into `<workdir>/report/`; returns the page's path.
 
-    Args:
-      steps: the measured checkpoints of every evaluation folder, by step.
-      fid: the name of the FID.
-      rows: of the table.
+    Shows `<workdir>/fid_against_nfe.png`, which `draw_fid` draws, as it is.
     """
-    last = [each[-1] for each in steps]
-    stages = _stages(workdir)
-    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report_page.html").render(
+    last, stages = results.last, _stages(workdir)
+    page = _template().render(
         title=workdir.resolve().name,
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        fid=fid,
-        rows=rows,
-        claims=_claims(last, fid),
-        floors=_floors(last, fid),
-        pictures=_pictures(workdir, steps, stages, fid),
+        fid=results.fid,
+        rows=results.rows,
+        claims=_claims(results),
+        floors=_floors(results),
+        pictures=_pictures(workdir, results, stages),
         history=HISTORY,
         curves=CURVES,
         samples=_sample_rows(workdir, last),
@@ -78,11 +75,23 @@ def write(workdir: pathlib.Path, steps: list[list[Evaluation]], fid: str, rows: 
     return path
 
 
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report_page.html")
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_fid(path: pathlib.Path, last: list[Evaluation], fid: str) -> None:
+def draw_fid(path: pathlib.Path, results: Results) -> None:
     """Draws the FID against NFE, with the floor where it was measured."""
+    last, fid = results.last, results.fid
     report_plots.draw_quality(path, _curves(last, fid), fid, next(iter(_values(last, f"floor_{fid}")), None))
 
 
@@ -101,30 +110,34 @@ def _values(last: list[Evaluation], name: str) -> list[float]:
     return [value for one in last if (value := one.value(name)) is not None]
 
 
-def _pictures(workdir, steps: list[list[Evaluation]], stages, fid: str) -> dict[str, Picture | None]:
-    """The figures by the name that the template knows; None where there is nothing to draw."""
-    last, folder = [each[-1] for each in steps], workdir / "report"
+def _pictures(workdir: pathlib.Path, results: Results, stages: dict[str, Any]) -> dict[str, Picture | None]:
+    """The pictures by the name that the template knows, drawn into `<workdir>/report/`; None: nothing to draw."""
+    folder, fid = workdir / "report", results.fid
     folder.mkdir(exist_ok=True)
     drawn: dict[str, Picture | None] = {"fid": _picture(workdir / "fid_against_nfe.png", f"{fid} against NFE")}
-    for name, quality, axis in (
-        ("rms", "rms_to_teacher", "RMS distance to the teacher's own sample"),
-        ("truncation", "truncation_error", "truncation error: RMS to the model's own exact sample"),
-    ):
-        if curves := _curves(last, quality):
-            report_plots.draw_quality(folder / f"{name}.png", curves, axis)
-        drawn[name] = _picture(folder / f"{name}.png", axis) if curves else None
-    straightness, history = _straightness(last), {name: stage["history"] for name, stage in stages.items()}
+    for name, (quality, axis) in DISTANCES.items():
+        curves = _curves(results.last, quality)
+        draw: Callable[[pathlib.Path], None] = functools.partial(report_plots.draw_quality, curves=curves, quality=axis)
+        drawn[name] = _drawn(folder / f"{name}.png", axis, draw if curves else None)
+    straightness = _straightness(results.last)
     for curve, shown in CURVES.items():
-        if straightness:
-            report_plots.draw_straightness_of_models(folder / f"{curve}.png", straightness, curve)
-        drawn[curve] = _picture(folder / f"{curve}.png", shown) if straightness else None
-    checkpoints = {each[0].name: [one.metrics for one in each] for each in steps if len(each) > 1}
-    for name, histories in [("checkpoints", checkpoints), *((name, history) for name in HISTORY)]:
-        value = fid if name == "checkpoints" else name
-        if is_logged := any(value in line for lines in histories.values() for line in lines):
-            report_plots.draw_history(folder / f"{name}.png", histories, value)
-        drawn[name] = _picture(folder / f"{name}.png", name.replace("_", " ")) if is_logged else None
+        draw = functools.partial(report_plots.draw_straightness_of_models, models=straightness, curve=curve)
+        drawn[curve] = _drawn(folder / f"{curve}.png", shown, draw if straightness else None)
+    checkpoints = {each[0].name: [one.metrics for one in each] for each in results.steps if len(each) > 1}
+    history = {name: stage["history"] for name, stage in stages.items()}
+    for name, histories, value in [("checkpoints", checkpoints, fid), *((name, history, name) for name in HISTORY)]:
+        is_logged = any(value in line for lines in histories.values() for line in lines)
+        draw = functools.partial(report_plots.draw_history, histories=histories, name=value)
+        drawn[name] = _drawn(folder / f"{name}.png", name.replace("_", " "), draw if is_logged else None)
     return drawn
+
+
+def _drawn(path: pathlib.Path, alt: str, draw: Callable[[pathlib.Path], None] | None) -> Picture | None:
+    """The picture that `draw` writes to `path`; None where there is nothing to draw."""
+    if draw is None:
+        return None
+    draw(path)
+    return _picture(path, alt)
 
 
 def _straightness(last: list[Evaluation]) -> dict[str, dict[str, np.ndarray]]:
@@ -198,18 +211,18 @@ def _picture(path: pathlib.Path, alt: str) -> Picture:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _claims(last: list[Evaluation], fid: str) -> list[str]:
+def _claims(results: Results) -> list[str]:
     try:
-        return [str(claim) for claim in claims(last, fid) if not math.isnan(claim.ratio)]
+        return [str(claim) for claim in results.claims if not math.isnan(claim.ratio)]
     except KeyError:  # not all of what they compare was measured
         return []
 
 
-def _floors(last: list[Evaluation], fid: str) -> list[str]:
+def _floors(results: Results) -> list[str]:
     """What the floor is and of how many images, once for each."""
     found = []
-    for one in last:
-        if (floor := one.value(f"floor_{fid}")) is not None:
+    for one in results.last:
+        if (floor := one.value(f"floor_{results.fid}")) is not None:
             counts = [one.value(f"floor_{name}") or 0 for name in ("samples", "reference_samples")]
             found.append(f"{floor:.3g}, of {counts[0]:.0f} real images against {counts[1]:.0f}")
     return list(dict.fromkeys(found))
@@ -253,7 +266,7 @@ def _pair_facts(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def _how_measured(one: Evaluation) -> tuple[str, dict[str, str]]:
-    """(evaluation, what its figures depend on), from its entries 'settings' and 'provenance'."""
+    """(evaluation, what its numbers depend on), from its entries 'settings' and 'provenance'."""
     settings, record = (_inner(one.metrics, name) for name in ("settings", "provenance"))
     commit = record.get("commit")
     facts = {

@@ -1,9 +1,11 @@
-"""What a workdir's evaluations measured: their metrics.json as rows, as a table, and what the quickstart claims."""
+"""What a workdir's evaluations measured: their metrics.json, as rows of a table, and what the quickstart claims."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = {
@@ -39,8 +41,82 @@ class Evaluation:
         return value if _is_number(value) else None
 
 
-def evaluations(workdir: pathlib.Path) -> list[list[Evaluation]]:
-    """Every evaluation folder's measured checkpoints by step; the folders in the order of their last ones.
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that a workdir's evaluations measured.
+
+    Attributes:
+      steps: of every evaluation folder the measured checkpoints by step; the folders in the order of their last ones.
+    """
+
+    steps: list[list[Evaluation]]
+
+    @functools.cached_property
+    def last(self) -> list[Evaluation]:
+        """The last checkpoint of every folder."""
+        return [each[-1] for each in self.steps]
+
+    @functools.cached_property
+    def fid(self) -> str:
+        """'fid' for Inception, else the name that says which network's features were compared."""
+        return next(name for name in self.last[0].metrics if name.startswith("fid"))
+
+    @functools.cached_property
+    def rows(self) -> list[list[str]]:
+        """The table's cells: its head, then a row for each model and sampler."""
+        rows = [["model", "sampler", *(name if name != "FID" else self.fid for name in COLUMNS)]]
+        for one in self.last:
+            values = [(one.value(key or self.fid), form) for key, form in COLUMNS.values()]
+            cells = ["-" if value is None else form.format(value) for value, form in values]
+            rows.append([one.metrics["model"], one.metrics["sampler"], *cells])
+        return rows
+
+    @functools.cached_property
+    def claims(self) -> list["Claim"]:
+        """The quickstart's claims: a lower FID in k calls, none lost by distillation, a straighter flow.
+
+        Raises:
+          KeyError: one of the models or samplers was not measured.
+        """
+        by_name = {(one.metrics["model"], one.metrics["sampler"]): one for one in self.last}
+        student = next((model for model, _ in by_name if model.endswith("-SeqRF")), "k-SeqRF")
+        euler, fid = f"Euler {student.partition('-')[0]}", self.fid
+
+        def ratio(one: tuple[str, str], other: tuple[str, str], name: str) -> float:
+            value, beside = by_name[one].value(name), by_name[other].value(name)
+            return float("nan") if value is None or not beside else value / beside
+
+        first, distilled, straight = ("1-RF", euler), (f"{student}-Distill", euler), "sequential_straightness"
+        return [
+            Claim(f"{fid} of {student} / 1-RF, {euler}", ratio((student, euler), first, fid), 1 / 5),
+            Claim(f"{fid} of {student}-Distill / {student}, {euler}", ratio(distilled, (student, euler), fid), 1),
+            Claim(
+                f"sequential straightness of {student} / 1-RF, ODE",
+                ratio((student, "ODE"), ("1-RF", "ODE"), straight),
+                1 / 4,
+            ),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A ratio of two metrics, and the largest that it may be."""
+
+    text: str
+    ratio: float
+    most: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within its bound; one that could not be measured is not."""
+        return self.ratio <= self.most
+
+    def __str__(self):
+        return f"{self.text}: {self.ratio:.3f} (asked: <= {self.most:g}){'' if self.holds else '   MISSED'}"
+
+
+def read(workdir: pathlib.Path) -> Results:
+    """What is in `<workdir>/<eval_folder>/step_<step>/metrics.json`.
 
     Files that are not of an evaluation are left out, with a line on stderr.
     """
@@ -53,7 +129,7 @@ def evaluations(workdir: pathlib.Path) -> list[list[Evaluation]]:
             continue
         found.setdefault(path.parent.parent, []).append((int(step), Evaluation(path.parent, metrics)))
     steps = [[one for _, one in sorted(each, key=lambda pair: pair[0])] for each in found.values()]
-    return sorted(steps, key=lambda each: each[-1].order)
+    return Results(sorted(steps, key=lambda each: each[-1].order))
 
 
 def _read(path: pathlib.Path) -> Any:
@@ -75,68 +151,8 @@ def _is_evaluation(metrics: Any) -> bool:
     return numbers and _is_number(metrics["nfe"]) and any(name.startswith("fid") for name in metrics)
 
 
-def fid_name(found: list[Evaluation]) -> str:
-    """'fid' for Inception, else the name that says which network's features were compared."""
-    return next(name for name in found[0].metrics if name.startswith("fid"))
-
-
-def rows_of(found: list[Evaluation], fid: str) -> list[list[str]]:
-    """The table's cells: its head, then a row for each model and sampler."""
-    rows = [["model", "sampler", *(name if name != "FID" else fid for name in COLUMNS)]]
-    for one in found:
-        values = [(one.value(key or fid), form) for key, form in COLUMNS.values()]
-        cells = ["-" if value is None else form.format(value) for value, form in values]
-        rows.append([one.metrics["model"], one.metrics["sampler"], *cells])
-    return rows
-
-
-def table(rows: list[list[str]]) -> str:
-    """The cells as a Markdown table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A ratio of two measured figures, and the largest that it may be."""
-
-    text: str
-    ratio: float
-    most: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the ratio is within its bound; one that could not be measured is not."""
-        return self.ratio <= self.most
-
-    def __str__(self):
-        return f"{self.text}: {self.ratio:.3f} (asked: <= {self.most:g}){'' if self.holds else '   MISSED'}"
-
-
-def claims(found: list[Evaluation], fid: str) -> list[Claim]:
-    """The quickstart's claims: a lower FID in k calls, none lost by distillation, a straighter flow.
-
-    Raises:
-      KeyError: one of the models or samplers was not measured.
-    """
-    by_name = {(one.metrics["model"], one.metrics["sampler"]): one for one in found}
-    student = next((model for model, _ in by_name if model.endswith("-SeqRF")), "k-SeqRF")
-    euler = f"Euler {student.partition('-')[0]}"
-
-    def ratio(one, other, figure):
-        one, other = by_name[one].value(figure), by_name[other].value(figure)
-        return float("nan") if one is None or not other else one / other
-
-    first, distilled = ("1-RF", euler), (f"{student}-Distill", euler)
-    return [
-        Claim(f"{fid} of {student} / 1-RF, {euler}", ratio((student, euler), first, fid), 1 / 5),
-        Claim(f"{fid} of {student}-Distill / {student}, {euler}", ratio(distilled, (student, euler), fid), 1),
-        Claim(
-            f"sequential straightness of {student} / 1-RF, ODE",
-            ratio((student, "ODE"), ("1-RF", "ODE"), "sequential_straightness"),
-            1 / 4,
-        ),
-    ]
+def markdown_table(rows: Sequence[Sequence[str]], *, aligned: bool = False) -> str:
+    """Cells, the head in the first row, as a Markdown table; `aligned`: as wide as the widest of its column."""
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*rows, strict=True)]
+    head, *body = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    return "\n".join([head, "|" + "|".join("-" * max(width + 2, 3) for width in widths) + "|", *body])

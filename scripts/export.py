@@ -17,22 +17,29 @@ import pathlib
 import sys
 from typing import Any
 
+import sampler
+from checkpointing import exported
+from checkpointing.checkpoint import checkpoint_at
+from jobs.stages import stage_in
+from models.weights import fingerprint
+from report.results import markdown_table
+from tracking import plots
+from utils import InputError, atomic_path, local_path, read_json
+
 PAPER = "https://arxiv.org/abs/2402.06461"
 ADAPTIVE = {"tol": 1e-3}
 
 
 def model_name(metadata: dict[str, Any]) -> str:
     """What the paper calls a model: '1-RF', '2-SeqRF', '2-SeqRF-Distill'."""
-    stage, k = metadata["stage"], metadata["k"]
-    if not stage.startswith("2_"):
+    stage, k = stage_in(metadata["stage"]), metadata["k"]
+    if stage is None:
         return "1-RF" if k == 1 else f"{k}-SeqRF"
-    return f"{k}-SeqRF-Distill" if stage.startswith("2_distill") else f"{k}-SeqRF"
+    return stage.model_name(k)
 
 
 def source_name(source: str) -> str:
     """Where a model started from, without this machine's path: run and step, 'k4/2_rf, step 450', or the last part."""
-    from checkpointing import exported
-
     path = pathlib.PurePath(source)
     if path.parent.name == "checkpoints":
         run = pathlib.PurePath(*path.parts[-4:-2])
@@ -43,12 +50,10 @@ def source_name(source: str) -> str:
 
 def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
-    from checkpointing import runs
-
-    stage, k = metadata["stage"], metadata["k"]
-    if stage.startswith("2_distill"):
-        return [{"num_scales": k * runs.distill_steps(metadata)}]
-    if stage.startswith("2_"):
+    stage, k = stage_in(metadata["stage"]), metadata["k"]
+    if stage is not None and stage.distills:
+        return [{"num_scales": k * stage.steps}]
+    if stage is not None and stage.phase == 2:
         return [{"num_scales": 2 * k}, {"num_scales": k}, ADAPTIVE]
     return [ADAPTIVE, {"num_scales": 20, "predictor": "rf_solver_heun"}]
 
@@ -59,8 +64,6 @@ def measured(run: pathlib.Path, given: list[pathlib.Path], fingerprint: str) -> 
     Raises:
       InputError: one that was given measured other weights.
     """
-    from utils import InputError, read_json
-
     workdir = next((f for f in (run, *run.resolve().parents[:3]) if any(f.glob("*/step_*/metrics.json"))), None)
     found = sorted(workdir.glob("*/step_*/metrics.json")) if workdir else []
     values = {path: read_json(path, None) for path in [*given, *found]}
@@ -100,11 +103,10 @@ def _how_measured(entry: dict[str, Any]) -> str:
 
 def _table(metrics: list[dict[str, Any]]) -> str:
     columns = ["nfe", _quality(metrics[0]), "straightness", "sequential_straightness", "truncation_error"]
-    rows = [["sampler", *columns], ["---"] * (1 + len(columns))]
-    for entry in metrics:
-        values = [entry.get(name) for name in columns]
-        rows.append([str(entry.get("sampler")), *("-" if v is None else f"{v:.4g}" for v in values)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    values = [[entry.get(name) for name in columns] for entry in metrics]
+    rows = [["-" if value is None else f"{value:.4g}" for value in row] for row in values]
+    samplers = [str(entry.get("sampler")) for entry in metrics]
+    return markdown_table([["sampler", *columns], *([name, *row] for name, row in zip(samplers, rows, strict=True))])
 
 
 def card(metadata: dict[str, Any], metrics: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -163,17 +165,11 @@ Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata
 
 def export(options: argparse.Namespace) -> None:
     """Writes the folder. Raises InputError where RUN is no model or OUT is something else."""
-    import sampler
-    from checkpointing import exported, runs
-    from models.weights import fingerprint
-    from tracking import plots
-    from utils import InputError, atomic_path
-
     out = options.out
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
         raise InputError(f"{out} exists and holds something else; name a new folder")
-    metadata = runs.read_metadata(options.run)
-    weights = runs.load_weights(options.run, runs.own_config(metadata), ema_rate=options.ema_rate)
+    checkpoint = checkpoint_at(options.run, ema_rate=options.ema_rate)
+    metadata, weights = dict(checkpoint.metadata), checkpoint.load()
     metadata["source"] = source_name(metadata.get("source") or "")
     metrics = measured(options.run, options.metrics, fingerprint(weights.ema_params))
     samplers = recommended_samplers(metadata)
@@ -188,8 +184,6 @@ def export(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The script; returns its exit status."""
-    from utils import InputError, local_path
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=local_path, help="a run's folder, stage or checkpoint, or an exported model")
     parser.add_argument("out", type=local_path, help="the folder to write")

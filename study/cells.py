@@ -14,6 +14,7 @@ from typing import Any
 
 CALLS_PER_EXAMPLE = 3
 NFES = (1, 2, 4, 8)
+EXACT_TOL = 1e-4  # of the solves that stand for exact ones; it is in the names of metrics (study/rows.py)
 # Recipe elements, each a change of the plain recipe (docs/recipes.md); those of the first group change the pairs.
 PAIR_ELEMENTS: dict[str, dict[str, Any]] = {
     "inverted": {"training.inverted_pairs": 0.5},
@@ -44,7 +45,6 @@ class Bench:
       samples: behind FID and KID.
       compared: noises behind the distance to the teacher.
       referenced: noises behind the truncation error and straightness.
-      reference_tol: of the exact solves behind these three.
       options: settings of all runs.
       seeds: of what a verdict is given on.
       screening: whether what may be better is looked for too, with the first seed.
@@ -67,7 +67,6 @@ class Bench:
     samples: int = 4096
     compared: int = 512
     referenced: int = 64
-    reference_tol: float = 1e-4
     options: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
             "optim.lr": 1e-3,
@@ -133,7 +132,7 @@ class Recipe:
     direct: bool = False
     adaptive: bool = False
     elements: tuple[str, ...] = ()
-    scale: float = 1
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -170,6 +169,16 @@ class Recipe:
     def reflow_name(self) -> str:
         """Recipes of equal reflow_name share their reflow stage."""
         return dataclasses.replace(self, m=0, on_policy=False, direct=False).name
+
+    @property
+    def distilled_on(self) -> str:
+        """What its distillation reads: 'trajectory' on policy, else the pairs of its 'segments'."""
+        return "trajectory" if self.on_policy else "segments"
+
+    @property
+    def calls_per_distilled_example(self) -> float:
+        """Network calls: on policy also the student's on its way to one of N steps, (N - 1) / 2 on average."""
+        return CALLS_PER_EXAMPLE + ((self.k * self.m - 1) / 2 if self.on_policy else 0)
 
     def options(self) -> dict[str, Any]:
         """The settings of its elements in every stage."""
@@ -250,7 +259,7 @@ def _others() -> list[Entry]:
 
 def _budgets() -> list[Entry]:
     """At 4 calls, with half and twice the budget."""
-    recipes = [Recipe(k, m=4 // k, scale=scale) for scale in (0.5, 2) for k in (1, 4)]
+    recipes = [Recipe(k, m=4 // k, scale=scale) for scale in (0.5, 2.0) for k in (1, 4)]
     return [(recipe, 4, "euler") for recipe in recipes]
 
 

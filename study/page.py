@@ -13,31 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from study import run as study_run
-from study.cells import (
-    BENCHES,
-    BEST,
-    ELEMENTS,
-    NFES,
-    PAIR_ELEMENTS,
-    Bench,
-    Cell,
-    Recipe,
-    all_cells,
-)
+import sampler
+from report.results import markdown_table
+from study.cells import BENCHES, BEST, ELEMENTS, EXACT_TOL, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells
+from study.models import Models
+from study.rows import Row, metric, read_rows
 from utils import local_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURES = ROOT / "docs" / "choosing_k.md", ROOT / "docs" / "choosing_k"
 ADVICE = PICTURES / "advice.md"  # written by hand, from the tables
-Row = dict[str, Any]
 Key = tuple[str, str, int]  # recipe, sampler, nfe
 Cells = dict[Key, list[Row]]  # the latest row last
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A paired comparison over seeds: the mean of (first - second) of a figure, its standard error, and the seeds.
+    """A paired comparison over seeds: the mean of (first - second) of a metric, its standard error, and the seeds.
 
     It is settled if there are three seeds or more, their differences have one sign, and the mean is above two standard
     errors. Of three seeds without any true difference 18 % are settled so, by Student's t.
@@ -67,17 +59,20 @@ class Verdict:
         return ("better" if self.mean < 0 else "worse") if self.is_settled else "not settled"
 
 
-def compare(first: list[Row], second: list[Row], figure: str) -> Verdict:
-    """The verdict on the rows of two cells, over the seeds that both have; lower figures are better.
+def compare(first: list[Row], second: list[Row], name: str) -> Verdict:
+    """The verdict on the rows of two cells, over the seeds that both have, by a metric that is better if lower.
 
     FIDs are compared if their feature network is the same too: a cell may have been measured with several. The distance
     to the teacher has none.
+
+    Args:
+      name: what the metric's name begins with, see `study.rows.metric`.
     """
 
     def key(row: Row) -> tuple[Any, ...]:
-        return (row["seed"], row.get("features")) if figure != "rms_to_teacher" else (row["seed"],)
+        return (row["seed"], row.get("features")) if name == "fid" else (row["seed"],)
 
-    values = [{key(row): row[figure] for row in rows} for rows in (first, second)]
+    values = [{key(row): metric(row, name) for row in rows} for rows in (first, second)]
     by_seed = {key[0]: value - values[1][key] for key, value in values[0].items() if key in values[1]}
     differences = tuple(by_seed.values())
     if len(differences) < 2:
@@ -95,9 +90,9 @@ def grouped(rows: list[Row], bench: str) -> Cells:
     return cells
 
 
-def latest(rows: list[Row], figure: str) -> list[float]:
-    """A figure of a cell, one value for a seed: of its latest row."""
-    return list({row["seed"]: row[figure] for row in rows}.values())
+def latest(rows: list[Row], name: str) -> list[float]:
+    """A metric of a cell, or another number of its rows, one value for a seed: of its latest row."""
+    return list({row["seed"]: metric(row, name) for row in rows}.values())
 
 
 def spread(values: list[float], form: str) -> str:
@@ -111,19 +106,26 @@ def table(cells: Cells, nfe: int, first_seed: int) -> str:
     """Markdown: what makes an image in `nfe` calls, the best FID of the first seed first."""
     titles = ("model", "recipe", "FID", "RMS", "truncation", "updates", "FID, seeds", "RMS, seeds")
     of_seeds = [{row["seed"]: row for row in rows} for key, rows in cells.items() if key[2] == nfe]  # the latest rows
-    of_seeds = sorted((rows for rows in of_seeds if first_seed in rows), key=lambda rows: rows[first_seed]["fid"])
-    header = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
-    return header + "\n".join(_line(list(rows.values()), rows[first_seed]) for rows in of_seeds)
+    of_seeds = [rows for rows in of_seeds if first_seed in rows]
+    of_seeds.sort(key=lambda rows: metric(rows[first_seed], "fid"))
+    return markdown_table([titles, *(_line(list(rows.values()), rows[first_seed]) for rows in of_seeds)])
 
 
-def _line(rows: list[Row], row: Row) -> str:
-    """Of a table: the figures of one row of a cell, then of one row for each seed; a star marks the old classifier."""
+def _line(rows: list[Row], row: Row) -> tuple[str, ...]:
+    """Of a table: the metrics of one row of a cell, then of one row for each seed; a star marks the old classifier."""
     name = row["recipe"] + ("" if row["sampler"] == "euler" else f", {row['sampler']}")
     star, stars = ("" if all(each.get("features") for each in measured) else "*" for measured in ([row], rows))
-    figures = f"{row['fid']:.3f}{star} | {row['rms_to_teacher']:.4f} | {row['truncation_error']:.4f}"
-    fid, rms = spread([each["fid"] for each in rows], ".3f"), spread([each["rms_to_teacher"] for each in rows], ".4f")
-    fid += stars if fid else ""
-    return f"| {row['model']} | `{name}` | {figures} | {row['updates'] or ''} | {fid} | {rms} |"
+    fid, rms = spread(latest(rows, "fid"), ".3f"), spread(latest(rows, "rms"), ".4f")
+    return (
+        row["model"],
+        f"`{name}`",
+        f"{metric(row, 'fid'):.3f}{star}",
+        f"{metric(row, 'rms'):.4f}",
+        f"{metric(row, 'truncation_error'):.4f}",
+        str(row["updates"] or ""),
+        fid and fid + stars,
+        rms,
+    )
 
 
 Question = tuple[str, Recipe, Recipe, int]
@@ -177,7 +179,7 @@ def _ways_to_four_calls() -> list[Question]:
         "SeqRF-Ada against uniform boundaries": dataclasses.replace(plain, adaptive=True),
         "2 segments of 2 steps against 4 of 1": Recipe(2, m=2),
         "4 segments with half the budget": dataclasses.replace(plain, scale=0.5),
-        "4 segments with twice the budget": dataclasses.replace(plain, scale=2),
+        "4 segments with twice the budget": dataclasses.replace(plain, scale=2.0),
     }
     return [(question, first, plain, 4) for question, first in asked.items()]
 
@@ -201,14 +203,13 @@ def _named(elements: tuple[str, ...]) -> str:
 
 def verdicts(cells: Cells) -> str:
     """Markdown: a line for each question that has rows."""
-    lines = ["| question | NFE | FID, difference | | RMS to the teacher, difference | |", "|---|---|---|---|---|---|"]
+    lines = [("question", "NFE", "FID, difference", "", "RMS to the teacher, difference", "")]
     for question, first, second, n in questions():
         pair = [cells.get((recipe.name, "euler", n), []) for recipe in (first, second)]
-        fid, rms = (compare(pair[0], pair[1], figure) for figure in ("fid", "rms_to_teacher"))
-        if not rms.differences:
-            continue
-        lines.append(f"| {question} | {n} | {fid.text('+.3f')} | {fid.word} | {rms.text('+.4f')} | {rms.word} |")
-    return "\n".join(lines)
+        fid, rms = (compare(pair[0], pair[1], name) for name in ("fid", "rms"))
+        if rms.differences:
+            lines.append((question, str(n), fid.text("+.3f"), fid.word, rms.text("+.4f"), rms.word))
+    return markdown_table(lines)
 
 
 def at_each_nfe(recipe_at: Callable[[int], Recipe], sampler: str = "euler") -> list[Key]:
@@ -241,17 +242,17 @@ def cost_series() -> dict[str, list[Key]]:
     """At 4 calls, with half, all and twice the budget."""
     names = {1: "plain reflow, distilled to 4 steps", 4: "4-SeqRF-Distill"}
     return {
-        name: [(Recipe(k, m=4 // k, scale=scale).name, "euler", 4) for scale in (0.5, 1, 2)]
+        name: [(Recipe(k, m=4 // k, scale=scale).name, "euler", 4) for scale in (0.5, 1.0, 2.0)]
         for k, name in names.items()
     }
 
 
 def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, path: Path) -> None:
-    """FID and distance to the teacher against a figure `x` of the rows, with the standard deviation over seeds."""
+    """FID and distance to the teacher against a number `x` of the rows, with the standard deviation over seeds."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, (name, title) in zip(axes, {"fid": "FID", "rms_to_teacher": "RMS to the teacher"}.items(), strict=True):
+    for axis, (name, title) in zip(axes, {"fid": "FID", "rms": "RMS to the teacher"}.items(), strict=True):
         for line, keys in series.items():
             if not (found := [cells[key] for key in keys if cells.get(key)]):
                 continue
@@ -275,17 +276,18 @@ def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
     """The same ten noises by the teacher and by measured models of the first seed, if all of them are in `workdir`."""
     from matplotlib import pyplot as plt
 
-    runs = study_run.Study(bench, workdir / bench.name)
+    models = Models(bench, workdir / bench.name)
     wanted = [Cell(Recipe(0), n, 0) for n in (1, 2, 4)]
     wanted += [Cell(recipe, n, 0) for n in (1, 2, 4) for recipe in (Recipe(1, m=n), Recipe(n, m=1))]
     measured = {row["cell"] for rows in cells.values() for row in rows}
     wanted = [cell for cell in dict.fromkeys(wanted) if cell.id in measured]
-    if absent := [cell.recipe.name for cell in wanted if not runs.holds(cell.recipe, cell.seed)]:
-        print(f"{path} stays as it is: the models {', '.join(absent)} of seed 0 are not in {runs.workdir}")
+    if absent := [cell.recipe.name for cell in wanted if not models.holds(cell.recipe, cell.seed)]:
+        print(f"{path} stays as it is: the models {', '.join(absent)} of seed 0 are not in {models.workdir}")
         return
-    strips = {"teacher, exact": runs.exact_samples(10)} | {
-        f"{cell.recipe.model}, NFE {cell.nfe}": runs.samples(cell, 10) for cell in wanted
-    }
+    strips = {"teacher, exact": sampler.load(bench.teacher).sample(10, tol=EXACT_TOL)}
+    for cell in wanted:
+        model = sampler.load(models.model(cell.recipe, cell.seed).checkpoint)
+        strips[f"{cell.recipe.model}, NFE {cell.nfe}"] = model.sample(10, num_scales=cell.nfe)
     figure, axes = plt.subplots(len(strips), 1, figsize=(8, 0.95 * len(strips)), layout="constrained")
     for axis, (name, images) in zip(axes, strips.items(), strict=True):
         axis.imshow(images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1), cmap="gray", vmin=0, vmax=1)
@@ -295,8 +297,8 @@ def draw_samples(bench: Bench, cells: Cells, workdir: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_figures(bench: Bench, cells: Cells) -> None:
-    """The figures of a bench's tables."""
+def draw_pictures(bench: Bench, cells: Cells) -> None:
+    """The pictures of a bench's tables."""
     calls, first = "N: network calls an image", bench.seeds[0]
     of_first = {key: [row for row in rows if row["seed"] == first] for key, rows in cells.items()}
     draw_series(cells, summary_series(), "nfe", calls, picture(bench, "summary"))
@@ -360,7 +362,9 @@ All models of a bench cost the same, counted in network calls: 3 for each traine
 teacher or the student in making pairs, trajectories, boundaries and on-policy states. `k4_m1` is a 4-SeqRF distilled
 to one call a segment, `k1_m4` plain reflow (2-RF) distilled to 4 Euler steps: the rival at equal NFE. `_direct`:
 distilled from the teacher, without reflow; `_x2`: twice the budget. FID is over the features of a classifier of the
-bench's labels. A verdict is settled if three seeds agree and their mean difference is above two standard errors.
+bench's labels, RMS the distance to the teacher's own samples of the same noises, truncation that to the model's own;
+`study/rows.py` has their names in the rows. A verdict is settled if three seeds agree and their mean difference is
+above two standard errors.
 """
 
 
@@ -371,11 +375,12 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir and arguments.workdir.absolute()
     os.chdir(ROOT)  # the teachers' paths are relative to it
-    rows = [row for bench in BENCHES.values() for row in study_run.Study(bench, ROOT).rows()]
+    teachers = {bench.name: Models(bench, ROOT).teacher[1] for bench in BENCHES.values()}
+    rows = [row for row in read_rows() if row["teacher"] == teachers.get(row["bench"])]
     measured = [bench for bench in BENCHES.values() if any(row["bench"] == bench.name for row in rows)]
     PICTURES.mkdir(exist_ok=True)
     for bench in measured:
-        draw_figures(bench, grouped(rows, bench.name))
+        draw_pictures(bench, grouped(rows, bench.name))
         if workdir:
             draw_samples(bench, grouped(rows, bench.name), workdir, picture(bench, "samples"))
     sections = [section(bench, rows) for bench in measured]

@@ -26,8 +26,9 @@ from benchmarks import torch_twin
 from checkpointing import runs
 from checkpointing.checkpoint import checkpoint_at
 from configs.rf import cifar10_rf_continuous
+from configs.validation import stage_values
 from jobs import evaluate as evaluate_job
-from jobs import stages
+from jobs import inputs
 from jobs.builders import optimizer, sampler_options
 from models.weights import fingerprint
 from pairs.manifest import read_manifest
@@ -85,7 +86,7 @@ def test_a_stage_starts_from_the_one_before_with_its_head_copied(workdir):
 
 
 def test_pairs_are_what_their_manifest_says(workdir):
-    pairs = reflow.PairSet(workdir / stages.PAIRS)
+    pairs = reflow.PairSet(workdir / inputs.PAIRS)
     teacher, _ = state(workdir, "1_rf", 6)
     assert len(pairs) == 64
     assert pairs.k == 2
@@ -123,7 +124,7 @@ def test_evaluation_measures_every_checkpoint_asked_for_once(workdir):
 
 def test_an_adaptive_sampler_has_the_settings_of_the_configuration():
     settings = {"method": "ode", "tol": 0.1, "solver": "bosh3", "error_norm": "sample"}
-    assert sampler_options(tiny_config(sampling=settings)) == settings
+    assert sampler_options(tiny_config(sampling=settings)).record() == settings
 
 
 def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir, monkeypatch):
@@ -390,7 +391,7 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     monkeypatch.setattr("sampler.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
-    manifest = read_manifest(tmp_path / stages.PAIRS)
+    manifest = read_manifest(tmp_path / inputs.PAIRS)
     assert manifest["adaptive"]
     assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
@@ -403,8 +404,8 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
     for path in (trained, exported):
         config = reflow_config(training={"import_flax": str(path)})
-        given = stages.given_checkpoint(config)
-        boundaries = stages.evaluated_boundaries(config, epath.Path(tmp_path) / "elsewhere", given)
+        given = inputs.given_checkpoint(config)
+        boundaries = inputs.sampled_boundaries(given, 2, epath.Path(tmp_path) / "elsewhere")
         np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
     # Uniform pairs are nothing that it learned from.
     (tmp_path / "other" / "samples").mkdir(parents=True)
@@ -458,7 +459,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     assert runs.steps_in(tmp_path / "1_rf") == [70, 71]
     run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
     teacher = fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
-    assert read_manifest(tmp_path / stages.PAIRS)["teacher"] == teacher
+    assert read_manifest(tmp_path / inputs.PAIRS)["teacher"] == teacher
     run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
     student, info = state(tmp_path, "2_rf", 0)
     assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
@@ -475,7 +476,7 @@ def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(workdir, tm
     weights, metadata = state(workdir, "1_rf", 4)
     weights = dataclasses.replace(weights, mu=jax.tree.map(lambda a: np.full_like(a, 1e38), weights.mu))
     start = runs.RunCheckpoints(tmp_path / "start" / "1_rf")
-    start.save(train_step.initial_state(weights, optimizer(config), step=4), metadata, keep=True)
+    start.save(train_step.initial_state(weights, optimizer(config, stage_values(config)), step=4), metadata, keep=True)
     start.close()
     with pytest.raises(InputError, match=r"a parameter is not finite at update 5 .*nan_policy=skip"):
         run_lib.train(config, tmp_path / "run")
