@@ -6,13 +6,12 @@ and devices, so a run that resumes, or moves to another machine, continues with 
 """
 
 import abc
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
@@ -43,6 +42,35 @@ PREPARED_HERE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how the network is given them: the section `data` of the configuration.
+
+    Attributes:
+      dataset: "digits" or a key of TFDS_SETS.
+      image_size, num_channels: of the images, squares.
+      category: of LSUN.
+      data_dir: where TFDS keeps its data sets; "none": its own folder.
+      centered: whether the network's images are in [-1, 1] rather than [0, 1].
+      random_flip: mirror training images left to right, with probability 1/2.
+      uniform_dequantization: add U[0, 1) to the levels 0 to 255 of training images, then divide by 256.
+    """
+
+    dataset: str
+    image_size: int
+    num_channels: int
+    category: str = ""
+    data_dir: str = "none"
+    centered: bool = True
+    random_flip: bool = False
+    uniform_dequantization: bool = False
+
+    @property
+    def name(self) -> str:
+        """The data set and its category, as records have them."""
+        return f"{self.dataset} {self.category}".strip()
+
+
 def scale(levels: Any, *, centered: bool, dequantized: bool) -> Any:
     """float32 pixel levels in the model's range: [-1, 1] if `centered`, else [0, 1]; for NumPy and TensorFlow alike.
 
@@ -61,12 +89,10 @@ def unscale(
     return np.clip((x + 1) / 2 if centered else x, 0, 1)
 
 
-def levels(
-    x: Float[Array, "*batch height width channels"], centered: bool
-) -> UInt8[Array, "*batch height width channels"]:
-    """The model's images as a saved picture has them: rounded to levels from 0 to 255. For JAX programs."""
-    unit = jnp.clip((x + 1) / 2 if centered else x, 0, 1)
-    return (255 * unit + 0.5).astype(jnp.uint8)
+def levels(x: Float[Array | np.ndarray, "*batch height width channels"], centered: bool = False) -> Any:
+    """The model's images as a saved picture has them: uint8 levels from 0 to 255, rounded. NumPy in, NumPy out."""
+    unit = ((x + 1) / 2 if centered else x).clip(0, 1)
+    return (255 * unit + 0.5).astype(np.uint8)
 
 
 def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:
@@ -245,13 +271,12 @@ def _open_file(path):
     return tensorflow_on_cpu().data.TFRecordDataset(path, buffer_size=READ_BYTES)
 
 
-def image_source(data: ml_collections.ConfigDict, split: str = "train") -> ImageSource:
-    """The images of the data set that `config.data` names.
+def image_source(data: DataOptions, split: str = "train") -> ImageSource:
+    """The images of a data set.
 
     Never touches the network: a data set that TFDS has not prepared is an error at once.
 
     Args:
-      data: `config.data`.
       split: 'train', or another split that the data set has: 'test' (CIFAR10, CELEBA, FASHION_MNIST), 'validation'
         (IMAGENET, LSUN).
 
@@ -331,7 +356,7 @@ def _preparation(name: str, folder: epath.Path, given: bool) -> str:
 
 
 def train_batches(
-    data: ml_collections.ConfigDict,
+    data: DataOptions,
     *,
     seed: int,
     batch_size: int,
@@ -345,7 +370,6 @@ def train_batches(
     index in the update's batch). To reach `start_step`, less than one pass of records is skipped, undecoded.
 
     Args:
-      data: `config.data`.
       batch_size: images of one update, over all hosts.
       n_jitted_steps: updates in one returned batch.
       start_step: updates already made; the batches are those that would have followed them.
@@ -428,8 +452,3 @@ def _numpy(dataset, name: str) -> Iterator[np.ndarray]:
         without_graph_names = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", error.message, flags=re.DOTALL)
         reason = " ".join(without_graph_names.split())
         raise InputError(f"the data set {name} cannot be read: {reason}") from error
-
-
-def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
-    """(H, W, C) of the run's images."""
-    return (config.data.image_size, config.data.image_size, config.data.num_channels)

@@ -159,10 +159,7 @@ class RunAhead:
 
 
 class AnyHost:
-    """Whether a host has raised its flag: the same answer on all hosts at the same call, without waiting for devices.
-
-    Alone, a host gets its own flag; among several, that of the call before, which the devices have compared meanwhile.
-    """
+    """Logical OR of a flag over hosts, without blocking. With several hosts the result lags one call."""
 
     def __init__(self) -> None:
         """No flag is raised."""

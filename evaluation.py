@@ -1,7 +1,7 @@
 """All numbers of one checkpoint: distances between samples and data, straightness, truncation error.
 
-Distances compare the features of a network (`features`), and every figure carries its name: 'fid', 'kid' and 'is' are
-Inception's, 'fid_digits_classifier' and so on another network's (docs/method.md, section 11).
+Distances compare the features of a network (`metrics.feature_networks`), and every figure carries its name: 'fid',
+'kid' and 'is' are Inception's, 'fid_digits_classifier' and so on another network's (docs/method.md, section 11).
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ import utils
 from metrics import distances, reference
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from metrics.feature_networks import FeatureNetwork
-from metrics.reference import Floor, RealData, _suffix, feature_distances
+from metrics.floor import Floor
+from metrics.reference import RealData, feature_distances
 from metrics.straightness import straightness
 from models.weights import fingerprint
 from sampler import Cost, Sampler, check_finite
 from tracking import plots
 
 __all__ = [
+    "DrawnSamples",
     "Protocol",
-    "Samples",
     "TrajectoryMetrics",
     "draw_samples",
     "evaluate_checkpoint",
@@ -47,14 +48,11 @@ SHOWN_IMAGES = 64
 SHOWN_PAIRS = 16  # of samples and the training images nearest to them
 
 
-# --- distances to the data --------------------------------------------------------------------------------------------
-
-
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
+class DrawnSamples:
     """What is kept of samples: features and logits of all, the first of them as images, and what they cost."""
 
     features: Float[np.ndarray, "n d"]
@@ -72,7 +70,7 @@ def draw_samples(
     network: FeatureNetwork,
     centered: bool,
     kept_images: int = SHOWN_IMAGES,
-) -> Samples:
+) -> DrawnSamples:
     """The features of exactly `count` samples, each once, made by all hosts together and the same on all of them.
 
     Samples are rounded to the 256 levels of a saved image. They stay on the devices; features leave them, and the first
@@ -96,7 +94,7 @@ def draw_samples(
         if first < kept_images:
             images.append(distributed.gather(np.asarray(levels).reshape(-1, *sampler.image_shape)))
     features_of_all, logits = arrays
-    return Samples(features_of_all, logits, np.concatenate(images)[: min(kept_images, count)], cost)
+    return DrawnSamples(features_of_all, logits, np.concatenate(images)[: min(kept_images, count)], cost)
 
 
 @functools.cache
@@ -122,19 +120,19 @@ def sample_quality(
     return _quality(real, samples), samples.images / np.float32(255)
 
 
-def _quality(real: RealData, samples: Samples) -> dict[str, float | int]:
-    score = {f"is{_suffix(real.network)}": inception_score(samples.logits)}
+def _quality(real: RealData, samples: DrawnSamples) -> dict[str, float | int]:
+    score = {f"is{real.network.suffix}": inception_score(samples.logits)}
     return {**feature_distances(real, samples.features), **score, **samples.cost.summary()}
 
 
-def _precision_recall(real: RealData, samples: Samples, count: int) -> dict[str, float]:
+def _precision_recall(real: RealData, samples: DrawnSamples, count: int) -> dict[str, float]:
     """Precision and recall of at most `count` samples and as many images; nothing for 0."""
     if not count or real.features is None or min(len(real.features), len(samples.features)) <= reference.NEIGHBOURS:
         return {}
     images, radii = real.neighbourhood(count)
     fake = samples.features[reference.spread(len(samples.features), count)]
     found = precision_recall(images, fake, reference.NEIGHBOURS, real_radii=radii)
-    return {f"{name}{_suffix(real.network)}": value for name, value in zip(("precision", "recall"), found, strict=True)}
+    return {f"{name}{real.network.suffix}": value for name, value in zip(("precision", "recall"), found, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Nearest:
     images: Int[np.ndarray, "n"]
 
 
-def _nearest(real: RealData, samples: Samples, count: int) -> dict[str, Nearest]:
+def _nearest(real: RealData, samples: DrawnSamples, count: int) -> dict[str, Nearest]:
     """{'features': ..., 'pixels': ...} of the first `count` samples, of those that can be compared."""
     found = {}
     if count and real.features is not None:
@@ -160,12 +158,12 @@ def _nearest(real: RealData, samples: Samples, count: int) -> dict[str, Nearest]
 
 def _nearest_metrics(real: RealData, found: dict[str, Nearest]) -> dict[str, float]:
     """Means over the samples, and the smallest: in pixels an RMS from 0 to 1."""
-    names = {"features": f"nearest_features{_suffix(real.network)}", "pixels": "nearest_pixels"}
+    names = {"features": f"nearest_features{real.network.suffix}", "pixels": "nearest_pixels"}
     means = {names[kind]: float(nearest.distances.mean()) for kind, nearest in found.items()}
     return means | {f"{names[kind]}_min": float(nearest.distances.min()) for kind, nearest in found.items()}
 
 
-def _draw_nearest(path: epath.Path, real: RealData, samples: Samples, found: dict[str, Nearest]) -> None:
+def _draw_nearest(path: epath.Path, real: RealData, samples: DrawnSamples, found: dict[str, Nearest]) -> None:
     """Draws the samples that are closest to images of the data set beside these."""
     if real.images is None or not found:
         return
@@ -250,7 +248,7 @@ def rms_to_reference(
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is measured of a checkpoint.
+    """Evaluation settings for one checkpoint.
 
     Attributes:
       num_samples: behind the distances to the data.

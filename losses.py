@@ -1,4 +1,4 @@
-"""What each stage learns (its targets), how far off it is (the losses) and the one training step of all stages.
+"""Regression targets of each training stage, and the loss functions.
 
 A stage is a function (keys, batch) -> `Targets`; a loss takes the network's velocities and the targets. The equations
 are in docs/method.md, section 4.
@@ -196,7 +196,7 @@ def on_policy_pairs(
     grid = segments.step_grid(boundaries, num_steps)
     times = jnp.asarray(boundaries, jnp.float32)
     start = positions % num_steps
-    # The furthest first, so that those still on their way are always the first rows, which are counted while tracing.
+    # Sorted by start step, descending: the rows still to be advanced are a prefix, whose length is static under jit.
     order = jnp.argsort(-start)
     x, steps_to_take = states[order, 0], start[order]
     for step in range(num_steps - 1):
@@ -250,6 +250,7 @@ def huber(velocity: Images, target: Images) -> Float[Array, "b"]:
 
 LOSSES = {"l2": l2, "huber": huber}
 """(velocity, v_target) -> [B], by the values of `training.loss` that need nothing else."""
+LOSS_NAMES = (*LOSSES, "lpips_huber")
 
 
 def lpips_huber(velocity: Images, targets: Targets, lpips: Callable) -> Float[Array, "b"]:

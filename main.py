@@ -18,6 +18,7 @@ flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first of seve
 flags.DEFINE_integer("num_processes", None, "The number of processes; 1: alone, whatever a cluster says.")
 flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits in every run, at some cost in speed.")
+flags.DEFINE_bool("dry_run", False, "Print what would be done, from what into what, on which devices, and stop.")
 flags.mark_flags_as_required(["workdir", "config", "mode"])
 
 
@@ -41,13 +42,15 @@ def _run(config):
 
     try:
         with runtime.terminal_logging():
+            named = {"log_name": FLAGS.log_name, "dry_run": FLAGS.dry_run}
             if FLAGS.mode == "train":
-                run_lib.train(config, FLAGS.workdir, log_name=FLAGS.log_name)
+                run_lib.train(config, FLAGS.workdir, **named)
             elif FLAGS.mode == "eval":
-                run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, log_name=FLAGS.log_name)
+                run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, **named)
             else:
-                run_lib.sample(config, FLAGS.workdir, FLAGS.eval_folder)
-            runtime.preemption.check()  # too late to matter, but a script must not go on to its next command
+                run_lib.sample(config, FLAGS.workdir, FLAGS.eval_folder, dry_run=FLAGS.dry_run)
+            # A signal that arrived after the last check: exit non-zero, so that a calling script stops.
+            runtime.preemption.check()
     except runtime.Preempted as stop:
         print(f"{stop}; resume with the same command", file=sys.stderr, flush=True)
         runtime.leave(stop.exit_code, agreed=stop.agreed)

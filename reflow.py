@@ -1,4 +1,4 @@
-"""Reflow: the teacher's ODE carries one point of every planned pair to the other (docs/method.md, section 8).
+"""Generates reflow pairs by integrating the teacher's ODE over each segment (docs/method.md, section 8).
 
 A pair of a segment is (x1, x0): x1 at the segment's start t1, x0 at its end t0. The ODE is solved from x1 to x0, of an
 inverted pair from x0 to x1, and of a trajectory from noise through all boundaries.

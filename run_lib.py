@@ -1,76 +1,84 @@
-"""The jobs of main.py: each mode checks its configuration, sets the process up and hands over to a module of `jobs`."""
+"""The jobs of main.py: each mode checks its configuration, plans its job and hands the plan to a module of `jobs`."""
 
 import os
-import re
+from typing import Any
 
 import jax
 from etils import epath
 
 import distributed
 import runtime
-from configs.validation import check_batches, check_config, segments_of
-from jobs.builders import Config
-from jobs.evaluate import evaluate_checkpoints
-from jobs.generate import generate_pairs
-from jobs.sample import sample_checkpoint
-from jobs.stages import STAGES, stage_of
-from jobs.train import train_stage
+from configs.settings import Config
+from configs.validation import check_batches, check_config, generates_pairs
+from jobs.evaluate import evaluate_checkpoints, evaluation_plan
+from jobs.generate import generate_pairs, generation_plan
+from jobs.sample import sample_checkpoint, sample_plan
+from jobs.stages import stage_in, stage_of
+from jobs.train import train_plan, train_stage
 from utils import InputError, absolute
 
 
-def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf") -> None:
+def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", dry_run: bool = False) -> None:
     """--mode=train: trains 1-RF, generates pairs, trains k-SeqRF or distils it, as the configuration says.
+
+    Args:
+      dry_run: print what would be done, and from what into what, and do nothing.
 
     Raises:
       InputError: anything in the configuration, the data or the workdir that cannot work, before work is done.
     """
-    config = _prepare(config, "train")
-    if config.model.rf_phase == 2 and config.training.reflow_mode == "gen_reflow":
-        generate_pairs(config, epath.Path(workdir), log_name)
+    _prepare(config, "train")
+    workdir = epath.Path(workdir)
+    if generates_pairs(config):
+        _run(generate_pairs, generation_plan(config, workdir, log_name), dry_run)
     else:
-        train_stage(config, epath.Path(workdir), stage_of(config, config.training.reflow_mode), log_name)
+        stage = stage_of(config, config.training.reflow_mode)
+        _run(train_stage, train_plan(config, workdir, stage, log_name), dry_run)
 
 
-def evaluate(config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf") -> None:
+def evaluate(
+    config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf", dry_run: bool = False
+) -> None:
     """--mode=eval: measures every checkpoint asked for, as `jobs.evaluate.evaluate_checkpoints`."""
     _check_folder(workdir, eval_folder)
-    evaluate_checkpoints(_prepare(config, "eval"), epath.Path(workdir), eval_folder, log_name)
+    _prepare(config, "eval")
+    plan = evaluation_plan(config, epath.Path(workdir), eval_folder, log_name)
+    _run(evaluate_checkpoints, plan, dry_run)
 
 
-def sample(config: Config, workdir: epath.PathLike, eval_folder: str) -> None:
+def sample(config: Config, workdir: epath.PathLike, eval_folder: str, *, dry_run: bool = False) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
     _check_folder(workdir, eval_folder)
-    sample_checkpoint(_prepare(config, "sample"), epath.Path(workdir), eval_folder)
+    _prepare(config, "sample")
+    _run(sample_checkpoint, sample_plan(config, epath.Path(workdir), eval_folder), dry_run)
 
 
 def _check_folder(workdir: epath.PathLike, eval_folder: str) -> None:
     """Raises InputError where results would lie among what other jobs write."""
     root = os.fspath(absolute(workdir))
     first = os.path.relpath(os.path.join(root, eval_folder), root).split(os.sep)[0]
-    is_many_step = re.fullmatch(rf"{STAGES['distill'].folder}_\d+", first)
-    if is_many_step or first in {"samples", "wandb", *(stage.folder for stage in STAGES.values())}:
+    if stage_in(first) is not None or first in {"samples", "wandb"}:
         raise InputError(
             f"--eval_folder={eval_folder}: other jobs write into {first}; choose another name, such as eval"
         )
 
 
-def _prepare(config: Config, mode: str) -> Config:
-    """Validates the configuration, starts the hosts and sets up the compilation cache; the configuration, k resolved.
+def _prepare(config: Config, mode: str) -> None:
+    """Checks the configuration, joins the hosts of this job and sets up the cache of compiled programs.
 
     Raises:
       InputError: a setting that cannot work.
     """
     check_config(config, mode)
-    config = _resolve_segments(config)
     distributed.start_hosts()
     runtime.set_up_compilation_cache(runtime.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count())
-    return config
 
 
-def _resolve_segments(config: Config) -> Config:
-    """A copy with k in training.reflow_t: 1 for a 1-RF, whose eval.segments keeps what was given."""
-    config = config.copy_and_resolve_references()
-    config.eval.segments = config.eval.segments or config.training.reflow_t
-    config.training.reflow_t = segments_of(config)
-    return config
+def _run(job: Any, plan: Any, dry_run: bool) -> None:
+    if not dry_run:
+        job(plan)
+    elif distributed.is_first_host():
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"
+        for name, value in (plan.summary() | {"devices": devices}).items():
+            print(f"{name + ':':12} {value}")

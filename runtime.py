@@ -25,8 +25,8 @@ logger = logging.getLogger("seqrf")
 # What collectives say when a host has gone: a status, then Gloo (CPU), NCCL (GPU) or the coordination service (all).
 LOST_HOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|[Pp]eer|heartbeat|unhealthy|[Cc]oordination)")
 HOST_SETTINGS: dict[str, Callable] = {"coordinator_address": str, "num_processes": int, "process_id": int}
-# A bucket that is lost ends a run within about a minute: 15 s of attempts a call, where TensorFlow makes them for four
-# minutes, and 5 s for a connection in place of two minutes. Of tensorstore checkpointing/runs.py limits the attempts.
+# Fail within about a minute when Google Cloud Storage is unreachable: 4 retries (about 15 s a call; TensorFlow's
+# default takes 4 minutes) and 5 s to connect (default: 2 minutes). checkpointing/runs.py sets tensorstore's retries.
 BUCKET_SETTINGS = {
     "GCS_RETRY_CONFIG_MAX_RETRIES": "4",
     "GCS_REQUEST_CONNECTION_TIMEOUT_SECS": "5",
@@ -185,7 +185,7 @@ def _has_hosts() -> bool:
 
 
 def _without_late_errors(hook):
-    """`hook` for errors that nobody can catch, without those of writes, and of wandb, after a failure that was told."""
+    """`hook` (sys.unraisablehook) without the secondary errors of wandb and open writers after a reported failure."""
 
     def reported(unraisable):
         error = unraisable.exc_value

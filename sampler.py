@@ -22,18 +22,18 @@ import models
 import runtime
 import sampling
 import segments
-from checkpointing import runs
+from checkpointing.checkpoint import checkpoint_at
+from sampling import SamplerOptions
 from utils import InputError
 
 FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
 SAMPLE_BATCH = 64  # images that are solved together where nobody says otherwise
 TRAJECTORY_BYTES = 1 << 30  # most memory of one device for the states of trajectories
-PREDICTOR_NAMES = {"rf_solver": "Euler", "rf_solver_heun": "Heun", "rf_reinterpolate": "Reinterpolate"}
 
 
 @dataclasses.dataclass
 class Cost:
-    """Network calls and seconds of a run of samples; `summary` is what metrics.json holds."""
+    """Accumulates NFE and wall time over batches; `summary` returns the entries of metrics.json."""
 
     images: int = 0
     seconds: float = 0.0
@@ -59,36 +59,48 @@ class Cost:
         }
 
 
+class Programs:
+    """Compiled programs by what they compute: each is built once, for all weights, time grids and seeds."""
+
+    def __init__(self) -> None:
+        """Holds none."""
+        self._compiled: dict[Any, Any] = {}
+
+    def get(self, key: Any, build: Callable[[], Any]) -> Any:
+        """The program of this key; built, and kept, where it is new."""
+        if key not in self._compiled:
+            self._compiled[key] = build()
+        return self._compiled[key]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A network without its weights, its segments, and how it is sampled; compiled once for all checkpoints.
+    """A network without its weights, its segments, and how it is sampled.
 
     Attributes:
       model: as `models.create_model` makes it.
       boundaries: [k + 1] in t.
       image_shape: (H, W, C).
-      options: the keywords of `sampling.solve`: method, tol, num_scales, predictor, ...
+      options: of the solve.
       seed: of the noises. Noise i is the same for every batch size and number of devices. Like the time grid an
         argument of the compiled programs.
       time_grid: [num_scales + 1] times in t for method "pc"; None: uniform inside each segment. It is an argument of
         the compiled programs, since every checkpoint may have its own.
+      programs: shared by samplers of this network and these segments, which `dataclasses.replace` makes of one another.
     """
 
     model: nn.Module
     boundaries: Float[np.ndarray, "boundaries"]
     image_shape: tuple[int, int, int]
-    options: dict[str, Any]
+    options: SamplerOptions
     seed: int | UInt32[Array, ""]
     time_grid: Float[Array | np.ndarray, "times"] | None = None
-    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
+    programs: Programs = dataclasses.field(default_factory=Programs, repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        """The sampler as tables call it: 'ODE', or the predictor and its steps, such as 'Euler 8'."""
-        if self.options["method"] == "ode":
-            return "ODE"
-        predictor = self.options["predictor"]
-        return f"{PREDICTOR_NAMES.get(predictor, predictor)} {self.options['num_scales']}"
+        """As tables call it, such as 'Euler 8'."""
+        return self.options.name
 
     def reference(self) -> "Sampler":
         """This network with the reference solve, on the same segments and noises."""
@@ -101,21 +113,42 @@ class Sampler:
         flat = jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), size))(indices)
         return flat.reshape(-1, *self.image_shape)
 
-    def solve(self, params: Any, noise: Float[Array, "b h w c"], **options: Any) -> sampling.Samples:
-        """`sampling.solve` from `noise` with this sampler's options, some of them replaced by `options`."""
-        options = {"time_grid": self.time_grid} | self.options | options
-        model = self.model if options["method"] == "pc" else models.in_float32(self.model)
-        return sampling.solve(models.velocity_fn(model, params), noise, self.boundaries, **options)
+    def solve(self, params: Any, noise: Float[Array, "b h w c"], *, save_trajectory: bool = False) -> sampling.Samples:
+        """`sampling.solve` from `noise`, as this sampler says. Adaptive steps are taken in float32."""
+        model = models.in_float32(self.model) if self.options.is_adaptive else self.model
+        velocity, options = models.velocity_fn(model, params), self.options.record()
+        return sampling.solve(
+            velocity, noise, self.boundaries, time_grid=self.time_grid, save_trajectory=save_trajectory, **options
+        )
+
+    def program(self, name: str, function: Callable, arguments: tuple[Any, Any]) -> Any:
+        """The compiled program that maps `function` over this host's devices.
+
+        Args:
+          name: of what `function` computes; programs of one name and one shape of `arguments` are the same.
+          function: (sampler, params, indices [b]) -> a tree of arrays.
+          arguments: ((params, time_grid, seed), indices), a copy for each device, as `map_noises` makes them.
+        """
+
+        def on_device(arguments: Any, indices: Array) -> Any:
+            params, time_grid, seed = arguments
+            return function(dataclasses.replace(self, time_grid=time_grid, seed=seed), params, indices)
+
+        def build() -> Any:
+            mapped: Any = distributed.map_devices(on_device)
+            return mapped.lower(*arguments).compile()
+
+        return self.programs.get((name, arguments[1].shape, self.time_grid is None, self.options), build)
 
     def map_noises(
         self, name: str, function: Callable, params: Any, count: int, per_device: int, *, all_hosts: bool = True
     ) -> Iterator[tuple[int, Any, float]]:
         """Maps a function over the first `count` noises in batches of `per_device` on each device.
 
-        Compiled once for all weights, time grids and seeds, before the first batch.
+        Compiled before the first batch.
 
         Args:
-          name: of the program, for the progress bar and the cache of programs.
+          name: of the program, as in `program`, and for the progress bar.
           function: (sampler, params, indices [per_device]) -> a tree of arrays.
           count: noises; the last batch is whole all the same.
           all_hosts: the hosts share every batch, in their order; else this host's devices do it alone.
@@ -128,15 +161,7 @@ class Sampler:
         arguments = distributed.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
         share = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
         indices = share + host.index * share.size
-
-        def on_device(arguments: Any, indices: Array) -> Any:
-            params, time_grid, seed = arguments
-            return function(dataclasses.replace(self, time_grid=time_grid, seed=seed), params, indices)
-
-        key = name, per_device, self.time_grid is None, tuple(sorted(self.options.items()))
-        if key not in self._programs:
-            program: Any = distributed.map_devices(on_device)
-            self._programs[key] = program.lower(arguments, indices).compile()
+        program = self.program(name, function, (arguments, indices))
         starts = range(0, count, host.count * share.size)
 
         def batches():
@@ -144,7 +169,7 @@ class Sampler:
                 if jax.process_count() == 1:  # hosts that share samples stop together, between checkpoints
                     runtime.preemption.check()
                 began = time.perf_counter()
-                results = jax.block_until_ready(self._programs[key](arguments, first + indices))
+                results = jax.block_until_ready(program(arguments, first + indices))
                 yield first, results, time.perf_counter() - began
 
         return batches()
@@ -216,7 +241,7 @@ class Sampler:
           all_hosts: whether the devices of all hosts share the batch.
         """
         if states is None:
-            states = max(sampling.TRAJECTORY_POINTS, self.options.get("num_scales") or 0) + len(self.boundaries)
+            states = max(sampling.TRAJECTORY_POINTS, self.options.num_scales or 0) + len(self.boundaries)
         room = min(TRAJECTORY_BYTES, sampling.trajectory_memory())
         devices = jax.device_count() if all_hosts else jax.local_device_count()
         return max(1, min(_images_per_device(count, devices), room // (4 * states * math.prod(self.image_shape))))
@@ -248,9 +273,9 @@ class Sampler:
         Raises:
           InputError: more steps in a segment than can be placed there.
         """
-        if time_grid == "uniform" or self.options["method"] != "pc":
+        num_scales = self.options.num_scales
+        if time_grid == "uniform" or num_scales is None:
             return self
-        num_scales = self.options["num_scales"]
         # Raises here rather than after the trajectories.
         adaptive.fine_step_spans(self.boundaries, num_scales, segments.FINE_STEPS)
         times = adaptive.adaptive_times(self.fine_distances(params), self.boundaries, num_scales)
@@ -261,17 +286,17 @@ def check_finite(is_finite: Any, sampler: Sampler) -> None:
     """Raises InputError unless all of `is_finite` is true, of values that `sampler` computed."""
     if not np.all(is_finite):
         raise InputError(
-            f"samples are not finite with {sampler.options}: the tolerance is out of reach, or the weights are damaged "
-            "(NaN); raise sampling.tol, or use a checkpoint that was trained longer"
+            f"samples are not finite with {sampler.options.record()}: the tolerance is out of reach, or the weights "
+            "are damaged (NaN); raise sampling.tol, or use a checkpoint that was trained longer"
         )
 
 
 # --- a trained model by itself ----------------------------------------------------------------------------------------
 
 
-def solve_options(
+def sampler_options(
     k: int, *, num_scales: int | None = None, tol: float | None = None, predictor: str = "rf_solver"
-) -> dict[str, Any]:
+) -> SamplerOptions:
     """The options of a `Sampler` of k segments: adaptive steps to `tol`, or `num_scales` of `predictor`.
 
     Raises:
@@ -282,12 +307,12 @@ def solve_options(
     if tol is not None:
         if not isinstance(tol, numbers.Real) or not 1e-12 <= tol < math.inf:
             raise InputError(f"tol = {tol!r}: use a number from 1e-12, such as 1e-3")
-        return {"method": "ode", "tol": float(tol), "solver": "dopri5", "error_norm": "batch"}
+        return SamplerOptions("ode", tol=float(tol))
     if predictor not in sampling.PREDICTORS:
         raise InputError(f"predictor = {predictor!r}: use one of {', '.join(sampling.PREDICTORS)}")
     if not isinstance(num_scales, numbers.Integral) or num_scales < k:
         raise InputError(f"num_scales = {num_scales!r}: use a whole number of steps, at least {k}, one a segment")
-    return {"method": "pc", "predictor": predictor, "num_scales": int(num_scales)}
+    return SamplerOptions("pc", predictor=predictor, num_scales=int(num_scales))
 
 
 @dataclasses.dataclass
@@ -298,7 +323,7 @@ class TrainedSampler:
       network: the network with its segments; what it is sampled by is given to each call.
       params: the EMA of the weights.
       centered: whether the network's images are in [-1, 1] rather than [0, 1].
-      steps: that are taken where nothing else is said: one a segment, or as many as it was distilled to.
+      steps: the default number of Euler steps: k, or m k for a model distilled to m steps a segment.
       batch_size: the most images that are solved together. A program is compiled for each size of batch once.
       nfe: network calls for an image in the last call of `sample`; of adaptive steps the mean over batches.
     """
@@ -328,7 +353,7 @@ class TrainedSampler:
         tol: float | None = None,
         predictor: str = "rf_solver",
     ) -> Sampler:
-        """The network with noises of `seed` and the steps that `solve_options` takes. It shares compiled programs.
+        """The network with noises of `seed` and the steps that `sampler_options` takes. It shares compiled programs.
 
         Raises:
           InputError: steps or a seed that cannot work.
@@ -337,7 +362,7 @@ class TrainedSampler:
             raise InputError(f"seed = {seed!r}: use a whole number from 0 to 2147483647")
         if num_scales is None and tol is None:
             num_scales = self.steps
-        options = solve_options(len(self.boundaries) - 1, num_scales=num_scales, tol=tol, predictor=predictor)
+        options = sampler_options(len(self.boundaries) - 1, num_scales=num_scales, tol=tol, predictor=predictor)
         return dataclasses.replace(self.network, seed=int(seed), options=options)
 
     def sample(
@@ -372,7 +397,7 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
     """The sampler of a trained model, without configuration or flags.
 
     Args:
-      path: as in `checkpointing.runs.load_weights`: an exported model, or a run's folder, stage or checkpoint.
+      path: as in `checkpoint_at`: an exported model, or a run's folder, stage or checkpoint.
       batch_size: the most images that are solved together, on all local devices.
 
     Raises:
@@ -380,19 +405,13 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
     """
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise InputError(f"batch_size = {batch_size!r}: use a whole number of images, at least 1")
-    metadata = runs.read_metadata(path)
-    config = runs.own_config(metadata)
-    weights = runs.load_weights(path, config)  # before the network is made, since it names the path in errors
-    size = config.data.image_size
-    network = Sampler(
-        model=models.create_model(config),
-        boundaries=segments.validate_boundaries(metadata["boundaries"]),
-        image_shape=(size, size, config.data.num_channels),
-        options={},
-        seed=0,
-    )
-    steps = (len(network.boundaries) - 1) * runs.distill_steps(metadata)
-    return TrainedSampler(network, weights.ema_params, config.data.centered, steps, int(batch_size))
+    checkpoint = checkpoint_at(path)
+    network = checkpoint.network
+    weights = checkpoint.load(network)
+    boundaries, steps = checkpoint.boundaries, checkpoint.k * checkpoint.distill_steps
+    options = sampler_options(checkpoint.k, num_scales=steps)
+    drawn = Sampler(network, boundaries, network.image_shape, options, seed=0)
+    return TrainedSampler(drawn, weights.ema_params, network.centered, steps, int(batch_size))
 
 
 def _images_per_device(count: int, devices: int) -> int:

@@ -93,9 +93,9 @@ PREDICTORS = {
     "rf_reinterpolate": Reinterpolate,
     **SOLVERS,
 }
-ERROR_NORMS = ("batch", "sample")
-# The solve that global truncation error is measured against.
-REFERENCE = {"method": "ode", "tol": 1e-6, "solver": "dopri5", "error_norm": "batch"}
+# What people call the fixed grid's own predictors; tables capitalise it.
+SHORT_NAMES = {"euler": "rf_solver", "heun": "rf_solver_heun", "reinterpolate": "rf_reinterpolate"}
+METHODS, ERROR_NORMS, TIME_GRIDS = ("ode", "pc"), ("batch", "sample"), ("uniform", "adaptive")
 # A step shorter than SMALLEST_STEP units in the last place of its time (SciPy's limit), or more than MAX_STEPS steps in
 # a segment: the tolerance cannot be reached in float32, and the state becomes NaN.
 SMALLEST_STEP = 10
@@ -106,6 +106,46 @@ TRAJECTORY_POINTS = 128  # states saved by an adaptive solve, at least, over all
 
 # (x [B, ...], t [B] in [0, 1], segment index [B] int32) -> dx/dtau [B, ...]
 Velocity = Callable[[Array, Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """How the ODE is solved; the keywords of `solve`, with docs in `solve`.
+
+    Attributes:
+      method: "ode": adaptive steps of `solver` to `tol`; "pc": `num_scales` fixed steps of `predictor`.
+      tol, solver, error_norm: of "ode".
+      predictor, num_scales: of "pc".
+    """
+
+    method: str
+    tol: float | int | None = None
+    solver: str = "dopri5"
+    error_norm: str = "batch"
+    predictor: str = "rf_solver"
+    num_scales: int | None = None
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the solver chooses its steps."""
+        return self.method == "ode"
+
+    def record(self) -> dict[str, Any]:
+        """The options that this method has, by name: the keywords of `solve`, and what files keep."""
+        names = ("tol", "solver", "error_norm") if self.is_adaptive else ("predictor", "num_scales")
+        return {"method": self.method} | {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        """As tables call it: 'ODE', or the predictor and its steps, such as 'Euler 8'."""
+        if self.is_adaptive:
+            return "ODE"
+        short = next((short for short, name in SHORT_NAMES.items() if name == self.predictor), None)
+        return f"{short.capitalize() if short else self.predictor} {self.num_scales}"
+
+
+# The solve that global truncation error is measured against.
+REFERENCE = SamplerOptions("ode", tol=1e-6)
 
 
 class Samples(NamedTuple):
@@ -135,7 +175,7 @@ def solve(
     boundaries: segments.TimesLike,
     *,
     method: str,
-    tol: float | None = None,
+    tol: float | int | None = None,
     num_scales: int | None = None,
     predictor: str | None = None,
     save_trajectory: bool = False,

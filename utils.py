@@ -112,6 +112,22 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+@contextlib.contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """Turns whatever reading a damaged or foreign file raises inside the block into InputError, in one line.
+
+    A bucket that cannot be reached or read stays the OSError of it: nothing is damaged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (cause := disk_error(error)) is not None and cause.errno in (errno.EREMOTEIO, errno.EACCES):
+            raise cause from error
+        # orbax, tensorstore, safetensors and the JSON reader raise exceptions of many types for damaged files.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{what}: {reason[:200]}") from error
+
+
 def check_writable(*folders: epath.PathLike) -> None:
     """Makes the folders, and a small file in each, which is removed again.
 

@@ -139,12 +139,13 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
     """All that two runs are compared by: {file: its numbers, or a digest of its arrays or bytes}."""
     import numpy as np
 
-    from checkpointing import runs
+    from checkpointing.checkpoint import checkpoint_at
     from models.weights import fingerprint
 
     found: dict[str, object] = {}
     for path in sorted(workdir.glob("*/checkpoints/*")):
-        weights, metadata = runs.restore(path)
+        checkpoint = checkpoint_at(path)
+        weights, metadata = checkpoint.load(), checkpoint.metadata
         trees = {name: getattr(weights, name) for name in ("params", "ema_params", "mu", "nu")}
         counts = {name: np.array(getattr(weights, name)) for name in ("step", "count")}
         found[str(path.relative_to(workdir))] = fingerprint(trees | counts), compared(metadata)

@@ -25,12 +25,13 @@ import evaluation
 import models
 import sampling
 import segments
-from checkpointing import runs
-from configs.rf import digits_rf_continuous
+from checkpointing.checkpoint import checkpoint_at
 from sampler import Sampler
+from sampling import SamplerOptions
 from utils import InputError
 
 IMAGES = 64  # solved together, whose steps they share
+SEED = 42  # of the noises
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 REFERENCE = 1e-7
 NOISES = 128  # that sequential straightness is averaged over
@@ -81,22 +82,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", nargs="?", default="runs/digits")
     workdir = parser.parse_args().workdir
-    config = digits_rf_continuous.get_config()
     try:
-        params = runs.load_weights(Path(workdir) / "1_rf", config).ema_params
+        first = checkpoint_at(Path(workdir) / "1_rf")
     except InputError as error:
         sys.exit(f"error: {error}; bash scripts/quickstart.sh trains one")
-    model, shape = models.create_model(config), (config.data.image_size, config.data.image_size, 1)
-    z = np.random.default_rng(0).standard_normal((IMAGES, *shape), np.float32)
-    good = [check_solver(models.velocity_fn(model, params), z, 1)]
-    options = {"method": "ode", "tol": 1e-4, "solver": "dopri5", "error_norm": "batch"}
-    sampler = Sampler(model, segments.uniform_boundaries(1), shape, options, seed=config.seed)
+    network, params = first.network, first.load().ema_params
+    z = np.random.default_rng(0).standard_normal((IMAGES, *network.image_shape), np.float32)
+    good = [check_solver(models.velocity_fn(network, params), z, 1)]
+    options = SamplerOptions("ode", tol=1e-4)
+    sampler = Sampler(network, segments.uniform_boundaries(1), network.image_shape, options, seed=SEED)
     distances = sampler.fine_distances(params)
     good += [check_adaptive(sampler, params, distances, k) for k in (2, 4)]
     # The same weights in every segment of a network with two heads: segments change where the solver starts anew.
-    config.training.reflow_t = 2
-    params = runs.load_weights(Path(workdir) / "1_rf", config).ema_params
-    good.append(check_solver(models.velocity_fn(models.create_model(config), params), z, 2))
+    two = network.clone(heads=2)
+    good.append(check_solver(models.velocity_fn(two, first.load(two).ema_params), z, 2))
     return 0 if all(good) else 1
 
 

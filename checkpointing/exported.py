@@ -1,27 +1,24 @@
 """Exported models: one safetensors file, or a folder with it, a config.json and a README.md, as model hubs expect them.
 
 The file holds the trees of `models.Weights`, or the EMA's alone, and in its header's entry `seqrf` all that is needed
-to use them (`checkpointing.runs.make_metadata`). Whoever made it is a stranger: nothing is unpickled, no path is read
+to use them (`checkpointing.metadata`). Whoever made it is a stranger: nothing is unpickled, no path is read
 from it and nothing is allocated before it is checked. The format is in docs/method.md, section 9.
 """
 
-import contextlib
-import errno
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import flax
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
 import models
 import segments
+from checkpointing.metadata import checked_metadata
 from models.weights import TREES
-from utils import InputError, atomic_path, disk_error, is_local, write_json
+from utils import InputError, atomic_path, damage_named, is_local, write_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _LONGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
@@ -51,7 +48,7 @@ def write_file(path: epath.PathLike, weights: models.Weights, metadata: dict[str
 
     Args:
       path: local or remote. A local file is written array by array, a remote one needs its size in memory twice.
-      metadata: `checkpointing.runs.make_metadata`.
+      metadata: `checkpointing.metadata`.
       full: with raw weights, Adam's moments and extras; else the EMA alone.
     """
     from safetensors.numpy import save, save_file
@@ -112,8 +109,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     """The metadata of an exported file, in its header, which begins with its length. Reads no array.
 
     Raises:
-      InputError: another kind of file, a damaged one, numbers beyond all reason, or a config.json beside it that says
-        something else.
+      InputError: not an exported model, a corrupt one, out-of-range metadata, or a config.json that disagrees.
     """
     with damage_named(f"{path} {_NOT_EXPORTED}"), path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -179,33 +175,3 @@ def read_weights(path: epath.Path, metadata: dict[str, Any]) -> models.Weights:
             count=metadata["count"],
             step=metadata["step"],
         )
-
-
-def checked_metadata(metadata: dict) -> dict:
-    """`metadata` of a checkpoint or an exported file. Raises ValueError for one that lacks or contradicts something."""
-    for key, kind in {"stage": str, "k": int, "boundaries": list, "data": dict, "model": dict}.items():
-        if not isinstance(metadata.get(key), kind):
-            raise ValueError(f"its metadata lacks {key!r}")
-    if not isinstance(metadata.get("source") or "", str):
-        raise ValueError(f"its metadata has source = {str(metadata['source'])[:20]}")
-    if len(metadata["boundaries"]) != metadata["k"] + 1:
-        raise ValueError(f"its metadata has k = {metadata['k']} and {len(metadata['boundaries'])} boundaries")
-    segments.validate_boundaries(metadata["boundaries"])
-    models.network_identity(ml_collections.ConfigDict({key: metadata[key] for key in ("data", "model")}))
-    return metadata
-
-
-@contextlib.contextmanager
-def damage_named(what: str) -> Iterator[None]:
-    """Turns whatever reading a damaged or foreign file raises inside the block into InputError, in one line.
-
-    A bucket that cannot be reached or read stays the OSError of it: nothing is damaged.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (cause := disk_error(error)) is not None and cause.errno in (errno.EREMOTEIO, errno.EACCES):
-            raise cause from error
-        # orbax, tensorstore, safetensors and the JSON reader raise exceptions of many types for damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what}: {reason[:200]}") from error

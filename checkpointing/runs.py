@@ -1,68 +1,30 @@
-"""Checkpoints: a run's folders (orbax) and exported models (`exported`).
+"""The checkpoints of a run: written and resumed by orbax.
 
 A run keeps snapshots in `checkpoints/<step>/` and the latest preemption checkpoint in `checkpoints-meta/<step>/`. Both
-hold `state` (a `train_step.TrainState` as nested dicts of arrays) and `info` (its metadata, see `make_metadata`).
+hold `state` (a `train_step.TrainState` as nested dicts of arrays) and `info` (`checkpointing.metadata`).
 Reading never unpickles. The formats are in docs/method.md, section 9.
 """
 
 import contextlib
-import dataclasses
-import functools
-import json
-import logging
-import re
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jaxtyping import Float
 from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 
 import models
-import segments
-from checkpointing import exported
-from models.weights import TREES, ema_name
-from utils import InputError, absolute, disk_error, is_local, os_errors, read_json, write_json
-
-logger = logging.getLogger("seqrf")
+from checkpointing.metadata import checked_metadata, network_of
+from models.weights import ema_name
+from utils import InputError, absolute, damage_named, disk_error, is_local, read_json, write_json
 
 _SETTINGS = "run.json"
-# A lost bucket is called for 15 s, as by runtime.BUCKET_SETTINGS; else for a quarter of an hour. Orbax has no option.
+# Limit retries in a bucket to about 15 s (default: 15 minutes), as runtime.BUCKET_SETTINGS. Orbax has no public option.
 ts_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = {"max_retries": 4}
-_DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
-
-
-def distill_steps(metadata: dict[str, Any]) -> int:
-    """m, the Euler steps a segment that a model was distilled to, from its stage '2_distill_<m>'; else 1."""
-    match = re.fullmatch(r"2_distill_(\d{1,4})", str(metadata["stage"]))
-    return int(match[1]) if match else 1
-
-
-def make_metadata(
-    config: ml_collections.ConfigDict,
-    stage: str,
-    boundaries: segments.TimesLike,
-    *,
-    source: str = "",
-    teacher: str | None = None,
-) -> dict[str, Any]:
-    """The metadata saved beside a state: its stage, the network's settings, its segments and what it was trained on.
-
-    Args:
-      boundaries: k + 1 times, from 1 to 0.
-      source: where the starting weights came from.
-      teacher: the `fingerprint` of the weights that made the pairs; None where there are none.
-    """
-    trained = {"stage": stage, "source": source, "teacher": teacher}
-    segmented = {"k": len(boundaries) - 1, "boundaries": [float(b) for b in boundaries]}
-    # Through JSON and back: tuples become lists, as they will be when read.
-    return json.loads(json.dumps({**trained, **segmented, **models.network_identity(config)}))
+DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
 
 
 class RunCheckpoints:
@@ -142,14 +104,14 @@ class RunCheckpoints:
             return None
         manager = self._snapshots if self._snapshots.latest_step() == step else self._latest
         folder = epath.Path(manager.directory) / str(step)
-        saved = _folder_metadata(folder)
+        saved = read_metadata(folder)
         for key in ("stage", "k", "boundaries", "teacher"):
             if saved.get(key) != metadata[key]:
                 raise InputError(
                     f"{folder} was trained with {key} = {saved.get(key)}, this run has {metadata[key]}; "
                     "use another --workdir or the same settings"
                 )
-        _check_same_network(folder, saved, metadata, "use another --workdir or the same settings")
+        check_same_network(folder, saved, metadata, "use another --workdir or the same settings")
         tree = _read_state(folder)
         try:
             state = flax.serialization.from_state_dict(like, tree)
@@ -175,7 +137,7 @@ def _manager(folder, max_to_keep):
 def _read_state(folder) -> dict:
     """The state of one checkpoint folder as nested dicts of NumPy arrays."""
     folder = absolute(folder)
-    with exported.damage_named(f"{folder}: {_DAMAGED}"):
+    with damage_named(f"{folder}: {DAMAGED}"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
         # Orbax writes nothing for empty trees: clipping has no state, and most runs have one EMA.
         tree["opt_state"]["0"] = {}
@@ -183,15 +145,19 @@ def _read_state(folder) -> dict:
         return tree
 
 
-def _folder_metadata(folder) -> dict:
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """The metadata in a checkpoint folder. Reads no array. Raises InputError for an incomplete or corrupt one."""
     folder = absolute(folder)
-    with exported.damage_named(f"{folder}: {_DAMAGED}"):
-        return exported.checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
+    with damage_named(f"{folder}: {DAMAGED}"):
+        return checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
 
 
 def steps_in(stage_folder: epath.PathLike) -> list[int]:
     """The steps of a stage's complete snapshots, ascending; empty if there is none."""
-    folder = epath.Path(stage_folder) / "checkpoints"
+    return _steps_of(epath.Path(stage_folder) / "checkpoints")
+
+
+def _steps_of(folder: epath.Path) -> list[int]:
     if not folder.exists():  # is_dir is False for whatever fails in a bucket
         return []
     found = [entry for entry in folder.iterdir() if entry.name.isdigit()]
@@ -199,9 +165,16 @@ def steps_in(stage_folder: epath.PathLike) -> list[int]:
     return sorted(int(entry.name) for entry in found if is_local(entry) or ocp.utils.is_checkpoint_finalized(entry))
 
 
-def write_settings(stage_folder: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+def latest_step(stage_folder: epath.PathLike) -> int | None:
+    """The step that a run of this stage would resume from; None: it has not begun."""
+    preemption = epath.Path(stage_folder) / "checkpoints-meta"
+    steps = steps_in(stage_folder) + _steps_of(preemption)
+    return max(steps, default=None)
+
+
+def write_settings(stage_folder: epath.PathLike, settings: dict[str, Any]) -> None:
     """Keeps the settings of a stage's run in `<stage_folder>/run.json`, beside its checkpoints."""
-    write_json(epath.Path(stage_folder) / _SETTINGS, {"config": config.to_dict()})
+    write_json(epath.Path(stage_folder) / _SETTINGS, {"config": settings})
 
 
 def read_settings(stage_folder: epath.PathLike) -> dict[str, Any] | None:
@@ -215,90 +188,22 @@ def planned_updates(stage_folder: epath.PathLike) -> int:
     return int(settings["training"]["n_iters"]) if settings else 0
 
 
-def read_metadata(path: epath.PathLike) -> dict[str, Any]:
-    """The `make_metadata` saved with the weights at `path` (any that `load_weights` takes). Reads no array.
-
-    Raises:
-      InputError: nothing there, or an incomplete or corrupt checkpoint.
-    """
-    path = resolve(path)
-    return exported.read_metadata(path) if path.is_file() else _folder_metadata(path)
-
-
-def load_weights(path: epath.PathLike, config: ml_collections.ConfigDict, *, ema_rate: float = 0.0) -> models.Weights:
-    """The weights at `path`, for `models.create_model(config)`: one head is copied to k = training.reflow_t.
+def read_weights(folder: epath.Path, ema_rate: float = 0.0) -> models.Weights:
+    """The weights in a checkpoint folder `.../checkpoints/<step>`, with their own number of heads.
 
     Args:
-      path: an exported model (a folder or its file), a checkpoint folder `.../checkpoints/<step>`, a stage's folder
-        (its last checkpoint), or a workdir that holds one trained stage.
-      config: the run's configuration.
-      ema_rate: return the EMA of this rate, one of model.ema_rates, as `ema_params`; 0: the main one.
+      ema_rate: the EMA that becomes `ema_params`, one of model.ema_rates; 0: the main one.
 
     Raises:
-      InputError: nothing there, damaged, another network, or no such EMA; the message names what differs.
+      InputError: an incomplete or corrupt checkpoint, or no such EMA.
     """
-    path = resolve(path)  # once: a run in progress may save another snapshot meanwhile
-    metadata, k = read_metadata(path), config.training.reflow_t
-    wanted = make_metadata(config, "", [1, 0])
-    _check_same_network(path, metadata, wanted, "choose another checkpoint or the configuration it was trained with")
-    if metadata["k"] not in (1, k):
-        raise InputError(
-            f"{path} has {metadata['k']} time-embedding heads, this run has k = {k}; set training.reflow_t to "
-            f"{metadata['k']} or choose a checkpoint with one head"
-        )
-    weights, _ = restore(path, ema_rate=ema_rate)
-    with exported.damage_named(f"{path}: {_DAMAGED}"):
-        shapes = models.weight_shapes(models.create_model(config).clone(heads=metadata["k"]))
-    for name in TREES:
-        _check_shapes(f"{path}: {name}", getattr(weights, name), shapes)
-    trees = {name: models.expand_heads(getattr(weights, name), k) for name in TREES}
-    return dataclasses.replace(weights, **trees)
-
-
-def own_config(metadata: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The configuration of the network that `metadata` describes, for `load_weights` and `models.create_model`."""
-    network = {key: metadata[key] for key in ("data", "model")}
-    return ml_collections.ConfigDict({**network, "training": {"reflow_t": metadata["k"]}})
-
-
-def _check_same_network(path, saved: dict, wanted: dict, remedy: str):
-    network = models.network_identity(ml_collections.ConfigDict({key: saved[key] for key in ("data", "model")}))
-    network = json.loads(json.dumps(network))
-    for section, settings in network.items():
-        for name, value in settings.items():
-            if value != wanted[section][name]:
-                raise InputError(
-                    f"{path} holds a network with {section}.{name} = {value}, the configuration has "
-                    f"{wanted[section][name]}; {remedy}"
-                )
-
-
-def _check_shapes(what: str, tree, shapes):
-    leaves = flax.traverse_util.flatten_dict(tree)
-    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    for path in sorted(shapes.keys() | found.keys()):
-        if found.get(path) != shapes.get(path):
-            raise InputError(
-                f"{what}/{'/'.join(path)} has shape {found.get(path, 'none: it is missing')}, the network's is "
-                f"{shapes.get(path, 'none')}; convert or train it again"
-            )
-        if leaves[path].dtype != np.float32:
-            raise InputError(f"{what}/{'/'.join(path)} has dtype {leaves[path].dtype}, the network's is float32")
-
-
-def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weights, dict]:
-    """The weights at `path`, with their own number of heads, and their metadata. `ema_rate` as in `load_weights`."""
-    path = resolve(path)
-    metadata = read_metadata(path)
-    tree = {} if path.is_file() else _read_state(path)
-    if ema_rate and ema_name(ema_rate) not in (kept := tree.get("extra_ema", {})):
+    tree = _read_state(folder)
+    if ema_rate and ema_name(ema_rate) not in (kept := tree["extra_ema"]):
         rates = ", ".join(kept) or "none"
-        raise InputError(f"{path} has no EMA of rate {ema_rate} beside the main one, its others are: {rates}")
-    if path.is_file():
-        return exported.read_weights(path, metadata), metadata
-    with exported.damage_named(f"{path}: {_DAMAGED}"):
+        raise InputError(f"{folder} has no EMA of rate {ema_rate} beside the main one, its others are: {rates}")
+    with damage_named(f"{folder}: {DAMAGED}"):
         adam = tree["opt_state"]["1"]  # of the chain clipping, Adam, rate (`train_step.optimizer`)
-        weights = models.Weights(
+        return models.Weights(
             params=tree["params"],
             ema_params=tree["extra_ema"][ema_name(ema_rate)] if ema_rate else tree["ema_params"],
             mu=adam["mu"],
@@ -306,97 +211,15 @@ def restore(path: epath.PathLike, *, ema_rate: float = 0.0) -> tuple[models.Weig
             count=int(adam["count"]),
             step=int(tree["step"]),
         )
-    return weights, metadata
 
 
-def resolve(path: epath.PathLike) -> epath.Path:
-    """The exported file or the checkpoint folder that `path` stands for, see `load_weights`.
-
-    Raises:
-      InputError: there is none, or more than one.
-    """
-    path = epath.Path(path)
-    try:
-        with os_errors():
-            is_there = path.exists()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if not is_there:
-        raise InputError(f"no checkpoint at {path}")
-    if (file := exported.find(path)) is not None:
-        return file
-    if (path / "state").is_dir():
-        return path
-    if path.name == "checkpoints":
-        path = path.parent
-    trained = [path] if steps_in(path) else sorted(folder for folder in path.iterdir() if steps_in(folder))
-    if len(trained) > 1:
-        raise InputError(f"{path} holds several stages; name one, for example {trained[0]}")
-    if not trained:
-        raise InputError(f"{path} holds no checkpoint: looked for checkpoints/<step> in it and in its folders")
-    return trained[0] / "checkpoints" / str(steps_in(trained[0])[-1])
-
-
-def export_file(
-    path: epath.PathLike,
-    weights: models.Weights,
-    config: ml_collections.ConfigDict,
-    boundaries: segments.TimesLike | None = None,
-    teacher: str | None = None,
-) -> None:
-    """Writes weights, EMA and Adam moments as one safetensors file that `load_weights` reads without torch.
-
-    Args:
-      path: local or remote. A local file is written array by array, a remote one needs its size in memory twice.
-      boundaries: of the segments that the weights were trained on; None: k = training.reflow_t uniform segments.
-      teacher: as in `make_metadata`.
-    """
-    if boundaries is None:
-        boundaries = np.linspace(1, 0, (config.training.reflow_t if "training" in config else 1) + 1)
-    exported.write_file(path, weights, make_metadata(config, "exported", boundaries, teacher=teacher))
-
-
-def log_source(name: str, weights: models.Weights, *, centered: bool):
-    """Logs which weights a stage starts from, and the range of the images that the network is given."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    images = "[-1, 1]" if centered else "[0, 1]"
-    logger.info("starting from %s: %s parameters, update %d, images in %s", name, f"{size:,}", weights.step, images)
-
-
-TORCH_METADATA = {"stage": "1_rf", "k": 1, "boundaries": [1.0, 0.0]}  # a PyTorch checkpoint is a 1-RF
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointRef:
-    """A checkpoint that a job starts from or evaluates, not loaded yet.
-
-    Attributes:
-      name: its path, down to the step of a run or the file of an exported model.
-      metadata: `make_metadata`: stage, k, boundaries, teacher.
-      load: () -> `models.Weights` with the run's number of heads.
-    """
-
-    name: str
-    metadata: dict[str, Any]
-    load: Callable[[], models.Weights]
-
-    @property
-    def boundaries(self) -> Float[np.ndarray, "boundaries"]:
-        """[k + 1] in t, of the segments that the weights were trained on."""
-        return segments.validate_boundaries(self.metadata["boundaries"])
-
-
-def checkpoint_at(path: epath.PathLike, config: ml_collections.ConfigDict, ema_rate: float = 0.0) -> CheckpointRef:
-    """The checkpoint at `path`: a PyTorch file (.pth, .pt), or what `load_weights` takes.
-
-    Args:
-      ema_rate: the EMA to load, one of model.ema_rates; 0: the main one.
-
-    Raises:
-      InputError: there is none.
-    """
-    if str(path).endswith((".pth", ".pt")):
-        return CheckpointRef(str(path), TORCH_METADATA, lambda: models.import_torch(path, config))
-    path = resolve(path)  # once: a run in progress may save another snapshot meanwhile
-    load = functools.partial(load_weights, path, config, ema_rate=ema_rate)
-    return CheckpointRef(str(path), read_metadata(path), load)
+def check_same_network(path: epath.Path, saved: dict, wanted: dict, remedy: str) -> None:
+    """Raises InputError where the metadata `saved` at `path` describes another network than `wanted` does."""
+    network = models.network_identity(network_of(saved))
+    for section, settings in network.items():
+        for name, value in settings.items():
+            if value != wanted[section][name]:
+                raise InputError(
+                    f"{path} holds a network with {section}.{name} = {value}, the configuration has "
+                    f"{wanted[section][name]}; {remedy}"
+                )

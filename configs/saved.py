@@ -1,52 +1,53 @@
-"""Which settings a run may change when it is resumed: those that cannot change its result."""
+"""Configurations that were saved: what a resumed run may change, and how one comes back from its JSON."""
 
 from collections.abc import Callable
 from typing import Any
 
-import ml_collections
-
-from configs.default import get_default_config
+from configs.default import SETTINGS, get_default_config
+from configs.settings import Config
+from configs.validation import StageValues
 from utils import InputError
 
 COMPARED = ("seed", "data", "model", "training", "optim")
-FREE = frozenset(
-    [
-        # where files are
-        "data.data_dir", "training.lpips_path", "training.lpips_heads",
-        # how often something is logged, saved or drawn, and how a stop is handled
-        "training.log_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption",
-        "training.snapshot_sampling", "training.snapshot_fid_sample", "training.keep_snapshots", "training.nan_policy",
-        "training.override_resume", "training.n_jitted_steps", "training.profile",
-        # the sampler's
-        "model.num_scales",
-        # of the pairs, whose manifest says what they are; the mode is the stage
-        "training.reflow_mode", "training.n_reflow_data", "training.gen_reflow_size", "training.reflow_file_size",
-        "training.reflow_dtype", "training.reflow_store_noise", "training.reflow_pairs", "training.inverted_pairs",
-        "training.gen_worker",
-    ]
-)  # fmt: skip
 START = {"training.import_torch", "training.import_flax"}  # paths, of the same weights or of others
 
 
+def resolved(config: Config, values: StageValues, k: int) -> dict[str, Any]:
+    """The configuration as run.json and metrics.json keep it, with what its job made of the settings left open.
+
+    Args:
+      values: of the stage.
+      k: the number of segments.
+    """
+    settings = config.to_dict()
+    settings["training"] |= {"n_iters": values.n_iters, "reflow_t": k}
+    settings["model"] |= {"ema_rate": values.ema_rate, "variable_ema_rate": values.variable_ema_rate}
+    settings["eval"]["segments"] = config.eval.segments or config.training.reflow_t
+    return settings
+
+
 def check_resume(
-    saved: dict[str, Any], config: ml_collections.ConfigDict, stage_folder, starts_alike: Callable[[], bool]
+    saved: dict[str, Any], settings: dict[str, Any], stage_folder: Any, starts_alike: Callable[[], bool]
 ) -> None:
-    """Checks that a stage goes on with the settings that it was begun with; `saved` is the configuration then.
+    """Checks that a stage goes on with the settings that it was begun with.
 
     A setting that a later version has introduced had its default. The number of updates may change where the learning
     rate does not depend on it.
 
     Args:
-      starts_alike: whether `config` means the weights that the stage began with; asked where it names them otherwise.
+      saved, settings: `resolved`, then and now.
+      starts_alike: whether `settings` mean the weights that the stage began with; asked where they name them otherwise.
 
     Raises:
       InputError: settings differ, unless `training.override_resume`; it names them and both values.
     """
-    free = FREE | ({"training.n_iters"} if config.optim.schedule == "constant" else set())
-    before, now = (_flat(get_default_config().to_dict()) | _flat(saved)), _flat(config.to_dict())
+    before, now = (_flat(get_default_config().to_dict()) | _flat(saved)), _flat(settings)
+    free = {name for name, setting in SETTINGS.items() if setting.may_change}
+    if now["optim.schedule"] == "constant":
+        free.add("training.n_iters")
     compared = filter(_is_compared, sorted(now.keys() & before.keys() - free))
     differing = [name for name in compared if before[name] != now[name]]
-    if not differing or config.training.override_resume:
+    if not differing or now["training.override_resume"]:
         return
     if START.intersection(differing) and starts_alike():
         differing = [name for name in differing if name not in START]
@@ -58,7 +59,7 @@ def check_resume(
         )
 
 
-def config_from(stored: dict[str, Any]) -> ml_collections.ConfigDict:
+def config_from(stored: dict[str, Any]) -> Config:
     """The configuration that `stored` is the JSON of: lists are tuples again, and what is missing has its default.
 
     Raises:
@@ -68,11 +69,11 @@ def config_from(stored: dict[str, Any]) -> ml_collections.ConfigDict:
     config.lock()
     for name, value in _flat(stored).items():
         try:
-            if value is None:  # which ConfigDict takes for every type
+            if value is None and SETTINGS[name].default is not None:  # which ConfigDict takes for every type
                 raise TypeError
             config.update_from_flattened_dict({name: _tuple(value)})
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise InputError(f"the stored setting {name}={value!r} is none that this version takes") from None
+            raise InputError(f"unknown or mistyped setting in the stored configuration: {name}={value!r}") from None
     config.unlock()
     return config
 

@@ -1,111 +1,75 @@
 """Validates configurations: the first invalid value is named before any work is done.
 
-The tables below hold the choices and ranges of all settings but the network's, which are in models/factory.py.
+What a single setting may be is declared with it, in configs/default.py and models/factory.py; here is what several of
+them mean together.
 """
 
-import ml_collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-import losses
 import models
 import sampling
 import segments
-from configs.default import is_given
+from configs.default import SETTINGS, is_given
+from configs.settings import Config, check_values
 from utils import InputError
 
-CHOICES = {
-    "model.rf_phase": (1, 2),
-    "training.reflow_mode": ("gen_reflow", "train_reflow", "train_distill"),
-    "training.reflow_dtype": ("float32", "float16"),
-    "training.reflow_pairs": ("segments", "trajectory"),
-    "training.loss": (*losses.LOSSES, "lpips_huber"),
-    "training.t_distribution": tuple(losses.T_DISTRIBUTIONS),
-    "training.nan_policy": ("stop", "skip"),
-    "optim.schedule": ("constant", "cosine"),
-    "eval.reflow_mode": ("eval_reflow", "eval_distill"),
-    "eval.feature_network": ("auto", "pixels"),
-    "eval.feature_backend": ("auto", "tensorflow", "jax"),
-    "sampling.method": ("ode", "pc"),
-    "sampling.solver": tuple(sampling.SOLVERS),
-    "sampling.predictor": tuple(sampling.PREDICTORS),
-    "sampling.error_norm": ("batch", "sample"),
-    "sampling.time_grid": ("uniform", "adaptive"),
-}
-# Inclusive lower bounds; None: no bound above.
-RANGES = {
-    "seed": (0, 2**31 - 2),
-    "model.num_scales": (1, None),
-    "model.ema_rate": (0, 1),
-    "training.reflow_t": (1, None),
-    "training.batch_size": (1, None),
-    "training.n_iters": (1, None),
-    "training.n_jitted_steps": (1, None),
-    "training.accumulate": (1, None),
-    "training.log_freq": (1, None),
-    "training.snapshot_freq": (1, None),
-    "training.snapshot_freq_for_preemption": (1, None),
-    "training.keep_snapshots": (0, None),
-    "training.snapshot_fid_sample": (0, None),
-    "training.n_reflow_data": (1, None),
-    "training.gen_reflow_size": (1, None),
-    "training.reflow_file_size": (1, None),
-    "training.t_shape": (0.01, 80),  # e^a is a float32
-    "training.distill_steps": (1, None),
-    "training.on_policy": (0, 1),
-    "training.inverted_pairs": (0, 1),
-    "optim.lr": (0, None),
-    "optim.beta1": (0, 1),
-    "optim.eps": (0, None),
-    "optim.warmup": (0, None),
-    "sampling.tol": (1e-12, None),
-    "eval.batch_size": (1, None),
-    "eval.num_samples": (2, None),
-    "eval.max_real": (0, None),
-    "eval.precision_recall_samples": (0, None),
-    "eval.nearest_samples": (0, None),
-    "eval.begin_step": (0, None),
-    "eval.end_step": (0, None),
-    "eval.interval_step": (1, None),
-    "eval.straightness_samples": (1, None),
-    "eval.segments": (0, None),
-    "eval.ema_rate": (0, 1),
-    "sample.count": (1, None),
-    "sample.batch_size": (1, None),
-    "sample.frames": (2, 1_000),
-}
+
+@dataclasses.dataclass(frozen=True)
+class StageValues:
+    """The settings whose defaults depend on the stage."""
+
+    n_iters: int
+    ema_rate: float | int
+    variable_ema_rate: bool
 
 
-def check_config(config, mode: str):
+def stage_values(config: Config, recorded: dict[str, Any] | None = None) -> StageValues:
+    """What the configuration says for its stage, else what its run was begun with, else the stage's defaults.
+
+    Args:
+      recorded: the settings in the run.json of the stage; None: it is new.
+    """
+    defaults = config.rf if config.model.rf_phase == 1 else config.reflow
+    values = {}
+    for section, name in (("training", "n_iters"), ("model", "ema_rate"), ("model", "variable_ema_rate")):
+        candidates = (config[section][name], (recorded or {}).get(section, {}).get(name), defaults[name])
+        values[name] = next(value for value in candidates if value is not None)
+    return StageValues(**values)
+
+
+def check_config(config: Config, mode: str) -> None:
     """Raises InputError for the first value that cannot work in a job of `mode`: train, eval or sample."""
     for each in sampler_configs(config).values():
         check_config(each, mode)
-    for name, allowed in CHOICES.items():
-        if _value(config, name) not in allowed:
-            raise InputError(f"--config.{name}={_value(config, name)}: use one of {', '.join(map(str, allowed))}")
-    for name, (low, high) in RANGES.items():
-        value = _value(config, name)
-        if not low <= value or (high is not None and value > high):
-            span = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise InputError(f"--config.{name}={value}: it must be {span}")
+    check_values(config, SETTINGS)
     models.create_model(config)
-    check_steps(config, mode)
-    check_options(config, mode)
+    check_steps(config, mode, segments_of(config))
+    _check_emas(config, mode)
+    _check_training(config, mode)
 
 
-def check_options(config, mode: str):
-    """Raises InputError where two settings contradict each other or one lacks what it needs."""
-    model, training = config.model, config.training
-    for rate in model.ema_rates:
-        if not isinstance(rate, float | int) or not 0 <= rate <= 1 or rate == model.ema_rate:
-            raise InputError(f"--config.model.ema_rates={model.ema_rates}: use rates from 0 to 1 other than ema_rate")
-    if len(set(model.ema_rates)) < len(model.ema_rates):
-        raise InputError(f"--config.model.ema_rates={model.ema_rates} names a rate twice")
-    if mode != "train" and config.eval.ema_rate not in (0, model.ema_rate, *model.ema_rates):
-        rates = ", ".join(map(str, (model.ema_rate, *model.ema_rates)))
-        raise InputError(f"--config.eval.ema_rate={config.eval.ema_rate}: use 0 or a rate of the run ({rates})")
-    if mode == "train" and config.optim.schedule == "cosine" and training.n_iters <= config.optim.warmup:
+def _check_emas(config: Config, mode: str):
+    """Raises InputError where the EMA rates are none, or an evaluation asks for one that the run does not keep."""
+    rates, ema_rate = config.model.ema_rates, stage_values(config).ema_rate
+    for rate in rates:
+        if not isinstance(rate, float | int) or not 0 <= rate <= 1 or rate == ema_rate:
+            raise InputError(f"--config.model.ema_rates={rates}: use rates from 0 to 1 other than ema_rate")
+    if len(set(rates)) < len(rates):
+        raise InputError(f"--config.model.ema_rates={rates} names a rate twice")
+    if mode != "train" and config.eval.ema_rate not in (0, ema_rate, *rates):
+        known = ", ".join(map(str, (ema_rate, *rates)))
+        raise InputError(f"--config.eval.ema_rate={config.eval.ema_rate}: use 0 or a rate of the run ({known})")
+
+
+def _check_training(config: Config, mode: str):
+    """Raises InputError where two settings of training contradict each other or one lacks what it needs."""
+    training, n_iters = config.training, stage_values(config).n_iters
+    if mode == "train" and config.optim.schedule == "cosine" and n_iters <= config.optim.warmup:
         raise InputError(
-            f"--config.optim.schedule=cosine falls after the warm-up: training.n_iters={training.n_iters} must be more "
-            f"than optim.warmup={config.optim.warmup}"
+            f"--config.optim.schedule=cosine falls after the warm-up: training.n_iters={n_iters} must be more than "
+            f"optim.warmup={config.optim.warmup}"
         )
     if training.snapshot_fid_sample == 1:
         raise InputError("--config.training.snapshot_fid_sample=1: distances need 2 samples or more; use 0 for none")
@@ -121,26 +85,24 @@ def check_options(config, mode: str):
         )
 
 
-def on_policy_rows(config) -> int:
+def on_policy_rows(config: Config) -> int:
     """The examples of a batch of `train_distill` that start from the student's own states."""
     return round(config.training.on_policy * config.training.batch_size)
 
 
-def segments_of(config) -> int:
+def segments_of(config: Config) -> int:
     """k: a first rectified flow has one segment, whatever `training.reflow_t` says."""
     return 1 if config.model.rf_phase == 1 else config.training.reflow_t
 
 
-def _value(config, name):
-    for key in name.split("."):
-        config = config[key]
-    return config
+def generates_pairs(config: Config) -> bool:
+    """Whether --mode=train makes pairs rather than trains."""
+    return config.model.rf_phase == 2 and config.training.reflow_mode == "gen_reflow"
 
 
-def check_steps(config, mode: str):
-    """Raises InputError where numbers of steps, segments and updates do not fit together."""
-    training, k = config.training, segments_of(config)
-    generates = mode == "train" and config.model.rf_phase == 2 and training.reflow_mode == "gen_reflow"
+def check_steps(config: Config, mode: str, k: int) -> None:
+    """Raises InputError where numbers of steps, k segments and updates do not fit together."""
+    training, generates = config.training, mode == "train" and generates_pairs(config)
     if config.sampling.method == "pc" and config.model.num_scales < k:
         raise InputError(
             f"--config.model.num_scales={config.model.num_scales} steps cannot cover training.reflow_t={k} segments; "
@@ -169,7 +131,7 @@ def check_steps(config, mode: str):
             )
 
 
-def check_batches(config, mode: str, *, devices: int):
+def check_batches(config: Config, mode: str, *, devices: int) -> None:
     """Raises InputError where a batch cannot be shared evenly by the devices of all hosts."""
     if mode != "sample":
         _check_shared("eval.batch_size", config.eval.batch_size, devices)
@@ -198,19 +160,16 @@ def _nearest(size: int, unit: int) -> list[int]:
     return [multiple for multiple in (below, below + unit) if multiple]
 
 
-# Short names beside those of `sampling.PREDICTORS`. 'heun' is rf_solver_heun: the fixed grid's own.
-PREDICTOR_NAMES = {"euler": "rf_solver", "heun": "rf_solver_heun", "reinterpolate": "rf_reinterpolate"}
-
-
-def sampler_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+def sampler_configs(config: Config) -> dict[str, Config]:
     """The configuration of each sampler in eval.samplers, as if it were the only one, by its name, such as 'euler_4'.
 
-    Empty where eval.samplers is: `config` alone then says how to sample.
+    Entries such as 'ode;euler:1,2,4,8;heun:4;ode:1e-3,1e-5' are separated by semicolons: a name, and after a colon the
+    steps N of a fixed grid, or tolerances of 'ode'. Empty where eval.samplers is: `config` then says how to sample.
 
     Raises:
       InputError: an entry that cannot be read, or one that is named twice.
     """
-    found: dict[str, ml_collections.ConfigDict] = {}
+    found: dict[str, Config] = {}
     for entry in filter(None, (part.strip() for part in config.eval.samplers.split(";"))):
         for name, overrides in _entry_overrides(entry):
             if name in found:
@@ -221,7 +180,7 @@ def sampler_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collectio
     return found
 
 
-def _entry_overrides(entry: str):
+def _entry_overrides(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (name, settings) of each sampler of an entry, such as 'euler:1,2'."""
     kind, _, given = (part.strip() for part in entry.partition(":"))
     values = [value.strip() for value in given.split(",")] if given else []
@@ -230,9 +189,9 @@ def _entry_overrides(entry: str):
             tolerance = {"sampling.tol": _number(float, entry, value)} if value else {}
             yield f"ode_{value}" if value else "ode", {"sampling.method": "ode", **tolerance}
         return
-    predictor = PREDICTOR_NAMES.get(kind, kind)
+    predictor = sampling.SHORT_NAMES.get(kind, kind)
     if predictor not in sampling.PREDICTORS or not values:
-        names = ", ".join(dict.fromkeys([*PREDICTOR_NAMES, *sampling.PREDICTORS]))
+        names = ", ".join(dict.fromkeys([*sampling.SHORT_NAMES, *sampling.PREDICTORS]))
         raise InputError(
             f"--config.eval.samplers: cannot read {entry!r}; an entry is ode, ode:TOL,... or NAME:N,... (N steps), "
             f"a NAME of {names}"

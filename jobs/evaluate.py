@@ -14,120 +14,252 @@ import numpy as np
 import tqdm
 from etils import epath
 
+import datasets
 import distributed
 import evaluation
 import models
 import runtime
 import utils
 from checkpointing import runs
+from checkpointing.checkpoint import CheckpointRef, checkpoint_at
 from configs.default import is_given
-from configs.validation import check_steps, sampler_configs
-from jobs import stages
-from jobs.builders import (
-    Config,
-    log_pictures,
-    measured_boundaries,
-    real_data_of,
-    sampler_of,
-    sampler_options,
-    sampling_settings,
-    tracker_of,
-)
-from jobs.stages import stage_of
+from configs.saved import resolved
+from configs.settings import Config
+from configs.validation import check_steps, sampler_configs, stage_values
+from jobs import builders
+from jobs.inputs import PAIRS, TRAJECTORIES, checkpoints_to_evaluate, sampled_boundaries
+from jobs.stages import evaluated_segments, stage_of
 from metrics import reference
+from metrics.floor import floor
 from models.weights import fingerprint
 from pairs import manifest as pairmanifest
-from sampler import Sampler
+from sampler import Programs, Sampler
+from sampling import SamplerOptions
 from tracking import provenance
 from tracking.tracker import Tracker
 
 logger = logging.getLogger("seqrf")
 
 
-def evaluate_checkpoints(config: Config, workdir: epath.Path, eval_folder: str, log_name: str) -> None:
-    """Measures every checkpoint asked for, each into `<workdir>/<eval_folder>/step_<step>/`.
-
-    With several samplers (`eval.samplers`) each has a folder `<eval_folder>_<sampler>` in its place. A checkpoint that
-    was measured with the same settings is not measured again. `best.json` names the step of the lowest FID. Several
-    hosts share the samples, and the first one writes.
-
-    Raises:
-      InputError: no checkpoint, no data, no feature network; a setting that cannot work.
-    """
-    stage = stage_of(config, config.eval.reflow_mode)
-    found = stages.checkpoints_to_evaluate(config, workdir / stage.folder)
-    config.training.reflow_t = stages.evaluated_segments(config, next(iter(found.values())))
-    for each in sampler_configs(config).values() or [config]:
-        check_steps(each, "eval")
-    utils.check_writable((workdir / eval_folder).parent)  # not the workdir: figures can be measured elsewhere
-    loaded = {step: source.load() for step, source in itertools.islice(found.items(), 1)}  # before features take long
-    model = models.create_model(config)
-    sampler_over = functools.cache(lambda *boundaries: sampler_of(config, model, boundaries))  # each compiled once
-    teacher, judged_by = _teacher(config, workdir, sampler_over)
-    real = real_data_of(config)
-    name = stage.model_name.format(k=config.training.reflow_t) + _recipe_mark(config)
-    parts = _measurements(config, workdir, eval_folder, log_name)
-    with contextlib.closing(parts[0].tracker):
-        for step, source in tqdm.tqdm(found.items(), desc=eval_folder, unit="checkpoint", disable=None):
-            weights = loaded.pop(step, None) or source.load()
-            step, params = int(weights.step) if step is None else step, weights.ema_params
-            sampler = sampler_over(*stages.evaluated_boundaries(config, workdir, source).tolist())
-            references = {"truncation_error": _reference(config, sampler, params)} | judged_by
-            origin = {
-                "workdir": os.fspath(utils.absolute(workdir)),
-                "checkpoint": source.name,
-                "pairs": _pair_sets(workdir, source),
-            }
-            checkpoint = _Measured(step, name, params, sampler, references, teacher, origin)
-            for part in parts:
-                _check_stop(f"before checkpoint {step} was measured")
-                _measure(part, checkpoint, real)
-    for part in parts:
-        if distributed.is_first_host():
-            evaluation.mark_best(part.folder, checkpoint.step)
-        logger.info("metrics and pictures are in %s", part.folder)
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Measurement:
-    """One sampler's part of an evaluation.
+class SamplerPlan:
+    """One sampler of an evaluation.
 
     Attributes:
-      config: as if it were the only sampler.
+      suffix: of its folder's name; empty where it is the only one.
       folder: of its results, in the workdir.
-      tracker: of its numbers and pictures.
+      options: of the solve.
+      sampling: the configuration's settings of it, for the record.
+      time_grid: how its fixed grid is placed.
+      settings: the configuration as metrics.json keeps it, as if this were the only sampler.
     """
 
-    config: Config
+    suffix: str
     folder: epath.Path
-    tracker: Tracker
+    options: SamplerOptions
+    sampling: dict[str, Any]
+    time_grid: str
+    settings: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Measured:
-    """A checkpoint that is measured.
+class Measured:
+    """What is measured of every checkpoint; see `evaluation.Protocol`.
+
+    Attributes:
+      num_samples, straightness_samples, batch_size, save_trajectory, precision_recall_samples, nearest_samples: there.
+      boundaries: [k + 1] of sequential straightness; None: the model's own.
+      floor: whether the floor of the distances is given too.
+    """
+
+    num_samples: int
+    straightness_samples: int
+    batch_size: int
+    save_trajectory: bool
+    precision_recall_samples: int
+    nearest_samples: int
+    boundaries: np.ndarray | None
+    floor: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """All that an evaluation will do.
+
+    Attributes:
+      workdir, eval_folder: of the results.
+      network: with k heads.
+      model_name: as tables call it.
+      checkpoints: by step; one given by the user has the step None until it is loaded.
+      boundaries: [k + 1] in t that each of them is sampled on.
+      teacher, teacher_boundaries: whose samples of the same noises they are compared with; None: they are not.
+      seed: of the noises.
+      ema_rate: of the EMA that is evaluated.
+      samplers: at least one.
+      measured: of every checkpoint by every sampler.
+      data, options: what the samples are compared with.
+      settings: the configuration as it is recorded.
+      log_name: of the run in wandb.
+    """
+
+    workdir: epath.Path
+    eval_folder: str
+    network: models.NCSNpp
+    model_name: str
+    checkpoints: dict[int | None, CheckpointRef]
+    boundaries: dict[int | None, np.ndarray]
+    teacher: CheckpointRef | None
+    teacher_boundaries: np.ndarray | None
+    seed: int
+    ema_rate: float | int
+    samplers: list[SamplerPlan]
+    measured: Measured
+    data: datasets.DataOptions
+    options: reference.Options
+    settings: dict[str, Any]
+    log_name: str
+
+    def summary(self) -> dict[str, Any]:
+        """What --dry_run prints."""
+        return {
+            "job": f"evaluate {self.model_name}",
+            "checkpoints": [checkpoint.name for checkpoint in self.checkpoints.values()],
+            "samplers": [part.options.name for part in self.samplers],
+            "into": [os.fspath(part.folder) for part in self.samplers],
+            "boundaries": next(iter(self.boundaries.values())).tolist(),
+            "samples": self.measured.num_samples,
+            "data": self.data.name,
+            "teacher": self.teacher.name if self.teacher else "none",
+        }
+
+
+def evaluation_plan(config: Config, workdir: epath.Path, eval_folder: str, log_name: str) -> EvaluationPlan:
+    """What the configuration means for an evaluation in this workdir. Needs no device.
+
+    Raises:
+      InputError: no checkpoint; steps that cannot cover its segments.
+    """
+    stage = stage_of(config, config.eval.reflow_mode)
+    values = stage_values(config, runs.read_settings(workdir / stage.folder))
+    checkpoints = checkpoints_to_evaluate(config, workdir / stage.folder, values.ema_rate)
+    k = evaluated_segments(config, next(iter(checkpoints.values())))
+    named = {f"_{name}": each for name, each in sampler_configs(config).items()} or {"": config}
+    for each in named.values():
+        check_steps(each, "eval", k)
+    teacher = checkpoint_at(config.eval.teacher) if is_given(config.eval.teacher) else None
+    recipe = "" if config.recipe == "paper" else f", {config.recipe}"
+    return EvaluationPlan(
+        workdir=workdir,
+        eval_folder=eval_folder,
+        network=models.create_model(config).clone(heads=k),
+        model_name=stage.model_name(k) + recipe,
+        checkpoints=checkpoints,
+        boundaries={step: sampled_boundaries(each, k, workdir) for step, each in checkpoints.items()},
+        teacher=teacher,
+        teacher_boundaries=sampled_boundaries(teacher, k, workdir) if teacher else None,
+        seed=config.seed,
+        ema_rate=config.eval.ema_rate or values.ema_rate,
+        samplers=[
+            SamplerPlan(
+                suffix=suffix,
+                folder=workdir / f"{eval_folder}{suffix}",
+                options=builders.sampler_options(each),
+                sampling=builders.sampling_settings(each),
+                time_grid=each.sampling.time_grid,
+                settings=resolved(each, values, k),
+            )
+            for suffix, each in named.items()
+        ],
+        measured=_measured(config),
+        data=builders.data_options(config),
+        options=builders.reference_options(config),
+        settings=resolved(config, values, k),
+        log_name=log_name,
+    )
+
+
+def _measured(config: Config) -> Measured:
+    names = (field.name for field in dataclasses.fields(Measured) if field.name != "boundaries")
+    boundaries = None if config.model.rf_phase == 2 else builders.measured_boundaries(config, np.empty(0))
+    return Measured(**{name: config.eval[name] for name in names}, boundaries=boundaries)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+References = dict[str, Callable[[], list[np.ndarray]]]  # as `evaluation.evaluate_checkpoint` takes them
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointUnderTest:
+    """A loaded checkpoint and the reference samples shared by all samplers.
 
     Attributes:
       step: its update.
-      model_name: as tables call it.
       params: its EMA.
-      sampler: of its network and segments; every measurement has options of its own.
-      references: as `evaluation.evaluate_checkpoint`, each computed once for all samplers.
+      sampler: of its network and segments; every sampler of the evaluation has options of its own.
+      references: each computed once for all samplers.
       teacher: the fingerprint of the weights that samples are compared with; None: not compared.
-      origin: where it was found, for the record in metrics.json.
+      origin: where it is, for the record in metrics.json.
     """
 
     step: int
-    model_name: str
     params: Any
     sampler: Sampler
-    references: dict[str, Callable[[], list[np.ndarray]]]
+    references: References
     teacher: str | None
     origin: dict[str, Any]
 
 
-def _recipe_mark(config) -> str:
-    return "" if config.recipe == "paper" else f", {config.recipe}"
+def evaluate_checkpoints(plan: EvaluationPlan) -> None:
+    """Measures every checkpoint of the plan, each into `<folder of the sampler>/step_<step>/`.
+
+    A checkpoint that was measured with the same settings is not measured again. `best.json` names the step of the
+    lowest FID. Several hosts share the samples, and the first one writes.
+
+    Raises:
+      InputError: no data, no feature network; a tolerance out of reach.
+    """
+    utils.check_writable((plan.workdir / plan.eval_folder).parent)  # not the workdir: it may be another's, read-only
+    first = {step: source.load(plan.network) for step, source in itertools.islice(plan.checkpoints.items(), 1)}
+    programs: dict[tuple[float, ...], Programs] = {}  # boundaries are part of a program
+    teacher, judged_by = _teacher(plan, programs)
+    real = reference.real_data(plan.data, plan.options, plan.measured.batch_size)  # after weights that may be damaged
+    trackers = _trackers(plan)
+    with contextlib.closing(trackers[0]):
+        for step, source in tqdm.tqdm(plan.checkpoints.items(), plan.eval_folder, unit="checkpoint", disable=None):
+            weights = first.pop(step, None) or source.load(plan.network)
+            sampler = _sampler(plan, plan.boundaries[step], programs)
+            exact = {"truncation_error": _reference(plan, sampler, weights.ema_params)}
+            last = int(weights.step) if step is None else step
+            checkpoint = CheckpointUnderTest(
+                last, weights.ema_params, sampler, exact | judged_by, teacher, _origin(plan, source)
+            )
+            for part, tracker in zip(plan.samplers, trackers, strict=True):
+                _check_stop(f"before checkpoint {last} was measured")
+                _measure(plan, part, tracker, checkpoint, real)
+    for part in plan.samplers:
+        if distributed.is_first_host():
+            evaluation.mark_best(part.folder, last)
+        logger.info("metrics and pictures are in %s", part.folder)
+
+
+def _sampler(plan: EvaluationPlan, boundaries: np.ndarray, programs: dict[tuple[float, ...], Programs]) -> Sampler:
+    """The plan's network over these segments; samplers of the same ones share their programs."""
+    shared = programs.setdefault(tuple(boundaries.tolist()), Programs())
+    options, shape = plan.samplers[0].options, plan.network.image_shape
+    return Sampler(plan.network, np.asarray(boundaries, np.float32), shape, options, plan.seed, programs=shared)
+
+
+def _origin(plan: EvaluationPlan, source: CheckpointRef) -> dict[str, Any]:
+    """Where a checkpoint is; of one trained on pairs, the hashes of the manifests of the workdir's pairs too."""
+    folders = (PAIRS, TRAJECTORIES) if source.teacher is not None else ()
+    workdir = utils.absolute(plan.workdir)
+    pairs = provenance.file_hashes(workdir / folder / pairmanifest.MANIFEST for folder in folders)
+    return {"workdir": os.fspath(workdir), "checkpoint": source.name, "pairs": pairs}
 
 
 def _check_stop(where: str):
@@ -137,48 +269,43 @@ def _check_stop(where: str):
         raise runtime.preemption.stopped(where)
 
 
-def _measurements(config, workdir: epath.Path, eval_folder: str, log_name: str) -> list[_Measurement]:
-    """One for each sampler, in one wandb run, which the first one's tracker closes."""
-    named = {f"_{name}": each for name, each in sampler_configs(config).items()} or {"": config}
-    parts: list[_Measurement] = []
-    for suffix, each in named.items():
-        folder, prefix = workdir / f"{eval_folder}{suffix}", f"{suffix[1:]}/" if suffix else ""
-        if parts:
-            tracker = parts[0].tracker.branch(folder, prefix)
+def _trackers(plan: EvaluationPlan) -> list[Tracker]:
+    """One for each sampler, in one wandb run, which the first one closes."""
+    trackers: list[Tracker] = []
+    for part in plan.samplers:
+        prefix = f"{part.suffix[1:]}/" if part.suffix else ""
+        if trackers:
+            trackers.append(trackers[0].branch(part.folder, prefix))
         else:
-            tracker = tracker_of(config, folder, workdir, f"{log_name}-{eval_folder}", prefix=prefix)
-        parts.append(_Measurement(each, folder, tracker))
-    return parts
+            name = f"{plan.log_name}-{plan.eval_folder}"
+            trackers.append(builders.tracker_of(plan.settings, part.folder, plan.workdir, name, prefix=prefix))
+    return trackers
 
 
-def _reference(config, sampler: Sampler, params) -> Callable[[], list[np.ndarray]]:
+def _reference(plan: EvaluationPlan, sampler: Sampler, params: Any) -> Callable[[], list[np.ndarray]]:
     """The reference solves that samples are compared with, computed when they are first asked for."""
-    count, batch_size = config.eval.straightness_samples, config.eval.batch_size
+    count, batch_size = plan.measured.straightness_samples, plan.measured.batch_size
     return functools.cache(lambda: evaluation.reference_samples(sampler, params, count, batch_size))
 
 
-def _teacher(config, workdir, sampler_over: Callable[..., Sampler]) -> tuple[str | None, dict[str, Callable]]:
+def _teacher(plan: EvaluationPlan, programs: dict[tuple[float, ...], Programs]) -> tuple[str | None, References]:
     """(fingerprint, {'rms_to_teacher': its reference solves}) of the teacher; (None, {}): samples are not compared."""
-    if not is_given(config.eval.teacher):
+    if plan.teacher is None or plan.teacher_boundaries is None:
         return None, {}
-    source = runs.checkpoint_at(config.eval.teacher, config)
-    params, boundaries = source.load().ema_params, stages.evaluated_boundaries(config, workdir, source)
-    reference = _reference(config, sampler_over(*boundaries.tolist()), params)
-    return fingerprint(params), {"rms_to_teacher": reference}
+    params = plan.teacher.load(plan.network).ema_params
+    sampler = _sampler(plan, plan.teacher_boundaries, programs)
+    return fingerprint(params), {"rms_to_teacher": _reference(plan, sampler, params)}
 
 
-def _measure(part: _Measurement, checkpoint: _Measured, real: reference.RealData) -> None:
+def _measure(
+    plan: EvaluationPlan, part: SamplerPlan, tracker: Tracker, checkpoint: CheckpointUnderTest, real: reference.RealData
+) -> None:
     """Writes the numbers of a checkpoint to `<folder>/step_<step>/metrics.json`, unless they are there already."""
-    config, folder = part.config, part.folder / f"step_{checkpoint.step}"
-    sampler = dataclasses.replace(checkpoint.sampler, options=sampler_options(config))
-    params, protocol = checkpoint.params, _protocol(config, sampler, real)
+    folder = part.folder / f"step_{checkpoint.step}"
+    sampler = dataclasses.replace(checkpoint.sampler, options=part.options)
+    protocol = _protocol(plan, part, sampler, real)
     settings = evaluation.settings(
-        sampler,
-        params,
-        protocol,
-        real,
-        sampling=sampling_settings(config),
-        data=f"{config.data.dataset} {config.data.category}".strip(),
+        sampler, checkpoint.params, protocol, real, sampling=part.sampling, data=plan.data.name
     )
     if checkpoint.teacher:
         settings["teacher"] = checkpoint.teacher
@@ -186,47 +313,41 @@ def _measure(part: _Measurement, checkpoint: _Measured, real: reference.RealData
         logger.info("%s is measured already", folder)
         return
     began = time.perf_counter()
-    values = evaluation.evaluate_checkpoint(sampler, params, protocol, real, folder, checkpoint.references)
-    record = provenance.of_process(config.to_dict()) | checkpoint.origin
+    values = evaluation.evaluate_checkpoint(sampler, checkpoint.params, protocol, real, folder, checkpoint.references)
+    record = provenance.of_process(part.settings) | checkpoint.origin
     record |= {
         "weights": settings["weights"],
-        "sampler": sampler.options,
+        "sampler": part.options.record(),
         "nfe": values["nfe"],
-        "ema_rate": config.eval.ema_rate or config.model.ema_rate,
-        "num_samples": config.eval.num_samples,
+        "ema_rate": plan.ema_rate,
+        "num_samples": plan.measured.num_samples,
         "network": settings["network"],
         "seconds": time.perf_counter() - began,
         "images_per_second": 1000 / values["seconds_per_1000"],
     }
-    named = {"step": checkpoint.step, "model": checkpoint.model_name, "sampler": sampler.name}
+    named = {"step": checkpoint.step, "model": plan.model_name, "sampler": sampler.name}
     if distributed.is_first_host():
         utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
-    part.tracker.log(checkpoint.step, values)
-    log_pictures(part.tracker, checkpoint.step, folder)
-    part.tracker.record(record)
-    part.tracker.flush()
+    tracker.log(checkpoint.step, values)
+    builders.log_pictures(tracker, checkpoint.step, folder)
+    tracker.record(record)
+    tracker.flush()
 
 
-def _pair_sets(workdir, source: runs.CheckpointRef) -> dict[str, str]:
-    """The hashes of the manifests of the workdir's pairs and trajectories, for a checkpoint trained on pairs."""
-    if source.metadata.get("teacher") is None:
-        return {}
-    folders = stages.PAIRS, stages.TRAJECTORIES
-    return provenance.file_hashes(utils.absolute(workdir) / folder / pairmanifest.MANIFEST for folder in folders)
-
-
-def _protocol(config, sampler: Sampler, real: reference.RealData) -> evaluation.Protocol:
+def _protocol(
+    plan: EvaluationPlan, part: SamplerPlan, sampler: Sampler, real: reference.RealData
+) -> evaluation.Protocol:
+    measured = plan.measured
+    found = floor(real, plan.data, measured.batch_size, measured.num_samples) if measured.floor else None
     return evaluation.Protocol(
-        num_samples=config.eval.num_samples,
-        straightness_samples=config.eval.straightness_samples,
-        batch_size=config.eval.batch_size,
-        boundaries=measured_boundaries(config, sampler),
-        centered=config.data.centered,
-        time_grid=config.sampling.time_grid,
-        save_trajectory=config.eval.save_trajectory,
-        precision_recall_samples=config.eval.precision_recall_samples,
-        nearest_samples=config.eval.nearest_samples,
-        floor=reference.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
-        if config.eval.floor
-        else None,
+        num_samples=measured.num_samples,
+        straightness_samples=measured.straightness_samples,
+        batch_size=measured.batch_size,
+        boundaries=sampler.boundaries if measured.boundaries is None else measured.boundaries,
+        centered=plan.network.centered,
+        time_grid=part.time_grid,
+        save_trajectory=measured.save_trajectory,
+        precision_recall_samples=measured.precision_recall_samples,
+        nearest_samples=measured.nearest_samples,
+        floor=found,
     )

@@ -1,4 +1,4 @@
-"""The pace of a run's updates, and their values: fetched late, checked for NaN and infinity, logged."""
+"""Bookkeeping of the training loop: throughput, deferred logging of metrics, NaN and infinity, profiler traces."""
 
 import contextlib
 import itertools
@@ -75,10 +75,11 @@ class Pace:
         return rates
 
 
-class UpdateValues:
-    """Takes the values of every call of the training step, and logs some of them one log later, when devices have them.
+class UpdateMetrics:
+    """Collects the metrics of every update without blocking the host.
 
-    No update is waited for but the last one before a checkpoint, so that none is saved of a run that has diverged.
+    They are logged one interval late, once the devices have computed them. `check` blocks, so that a diverged state is
+    never saved.
     """
 
     def __init__(self, log: Callable[[int, dict[str, Any]], None], *, drops: bool, remedy: str):
@@ -92,21 +93,21 @@ class UpdateValues:
         self._log, self._drops, self._remedy = log, drops, remedy
         self._new: list[tuple[int, Values]] = []  # (updates so far, values) since the last log
         self._due: list[tuple[int, Values]] = []  # up to the last log, not logged yet
-        self._beside: dict[str, float] = {}
+        self._extra: dict[str, float] = {}
         self._in_row = self._dropped = 0
 
     def add(self, step: int, values: Values) -> None:
         """Takes the values of a call that ends with update number `step`."""
         self._new.append((step, values))
 
-    def log(self, **beside: float) -> None:
-        """The values up to now are to be logged, by the next call of `log` or `check`, with those given beside them.
+    def log(self, **extra: float) -> None:
+        """Schedules the metrics so far, and `extra`, to be logged by the next `log` or `check`.
 
         Raises:
           InputError: as `check`.
         """
         self._log_due()
-        self._new, self._due, self._beside = [], self._new, beside
+        self._new, self._due, self._extra = [], self._new, extra
 
     def check(self) -> None:
         """Waits for the values of all updates so far.
@@ -125,7 +126,7 @@ class UpdateValues:
         logged = {name: float(np.mean(last[name])) for name in ("loss", "gradient_norm")}
         if self._drops:
             logged["dropped_updates"], self._dropped = self._dropped, 0
-        self._log(self._due[-1][0], logged | self._beside)
+        self._log(self._due[-1][0], logged | self._extra)
         self._due = []
 
     def _fetch(self, calls: list[tuple[int, Values]]) -> dict[str, np.ndarray]:

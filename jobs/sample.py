@@ -1,4 +1,4 @@
-"""Sampling of one checkpoint into pictures and arrays."""
+"""Sampling of one checkpoint: a grid, single PNGs and an .npz, strips between noises, trajectories to data."""
 
 import dataclasses
 import logging
@@ -18,52 +18,20 @@ import models
 import runtime
 import utils
 from checkpointing import runs
-from configs.validation import check_steps
-from jobs import stages
-from jobs.builders import Config, sampler_of, sampling_settings
-from jobs.stages import stage_of
+from checkpointing.checkpoint import CheckpointRef, log_source
+from configs.settings import Config
+from configs.validation import check_steps, stage_values
+from jobs import builders
+from jobs.inputs import checkpoints_to_evaluate, sampled_boundaries
+from jobs.stages import evaluated_segments, stage_of
 from models.weights import fingerprint
 from sampler import Cost, Sampler
 from tracking import plots
 
-
-def sample_checkpoint(config: Config, workdir: epath.Path, eval_folder: str) -> None:
-    """Writes samples of one checkpoint as pictures and arrays, into `<workdir>/<eval_folder>/`.
-
-    The checkpoint is the last of those that `evaluate_checkpoints` would measure.
-
-    Raises:
-      InputError: no checkpoint; a setting that cannot work.
-    """
-    stage = stage_of(config, config.eval.reflow_mode)
-    *_, source = stages.checkpoints_to_evaluate(config, workdir / stage.folder).values()
-    config.training.reflow_t = stages.evaluated_segments(config, source)
-    check_steps(config, "sample")
-    weights, centered = source.load(), config.data.centered
-    runs.log_source(source.name, weights, centered=centered)
-    params, boundaries = weights.ema_params, stages.evaluated_boundaries(config, workdir, source)
-    sampler = sampler_of(config, models.create_model(config), boundaries)
-    sampler = sampler.with_time_grid(params, config.sampling.time_grid)
-    about = {
-        "checkpoint": source.name,
-        "step": int(weights.step),
-        "weights": fingerprint(params),
-        "boundaries": boundaries.tolist(),
-        "sampling": sampling_settings(config),
-    }
-    wanted = Wanted(**config.sample)
-    write_samples(workdir / eval_folder, sampler, params, wanted, centered=centered, about=about)
-
-
 logger = logging.getLogger("seqrf")
 
-
 STRIPS = 8  # interpolations, and trajectories in the strip
-
-
 ANIMATED = 64  # trajectories in the animation
-
-
 SHOWN = 400  # samples in the grid
 
 
@@ -84,6 +52,81 @@ class Wanted:
     interpolate: bool
     trajectory: bool
     frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplePlan:
+    """All that --mode=sample will do.
+
+    Attributes:
+      folder: of the files.
+      network: with k heads.
+      checkpoint: whose EMA is sampled.
+      sampler: how; its fixed grid is placed as `time_grid` says.
+      sampling: the configuration's settings of it, for the record.
+      wanted: how many, and what else.
+    """
+
+    folder: epath.Path
+    network: models.NCSNpp
+    checkpoint: CheckpointRef
+    sampler: Sampler
+    time_grid: str
+    sampling: dict[str, Any]
+    wanted: Wanted
+
+    def summary(self) -> dict[str, Any]:
+        """What --dry_run prints."""
+        return {
+            "job": f"draw {self.wanted.count} samples",
+            "from": self.checkpoint.name,
+            "into": self.folder,
+            "sampler": self.sampler.name,
+            "boundaries": self.sampler.boundaries.tolist(),
+            "seed": self.sampler.seed,
+        }
+
+
+def sample_plan(config: Config, workdir: epath.Path, eval_folder: str) -> SamplePlan:
+    """What the configuration means for samples in this workdir. Needs no device.
+
+    The checkpoint is the last of those that an evaluation would measure.
+
+    Raises:
+      InputError: no checkpoint; steps that cannot cover its segments.
+    """
+    stage = stage_of(config, config.eval.reflow_mode)
+    values = stage_values(config, runs.read_settings(workdir / stage.folder))
+    *_, checkpoint = checkpoints_to_evaluate(config, workdir / stage.folder, values.ema_rate).values()
+    k = evaluated_segments(config, checkpoint)
+    check_steps(config, "sample", k)
+    network = models.create_model(config).clone(heads=k)
+    boundaries = np.asarray(sampled_boundaries(checkpoint, k, workdir), np.float32)
+    return SamplePlan(
+        folder=workdir / eval_folder,
+        network=network,
+        checkpoint=checkpoint,
+        sampler=Sampler(network, boundaries, network.image_shape, builders.sampler_options(config), config.seed),
+        time_grid=config.sampling.time_grid,
+        sampling=builders.sampling_settings(config),
+        wanted=Wanted(**config.sample),
+    )
+
+
+def sample_checkpoint(plan: SamplePlan) -> None:
+    """Writes samples as pictures and arrays. Raises InputError where a tolerance is out of reach."""
+    weights, centered = plan.checkpoint.load(plan.network), plan.network.centered
+    log_source(plan.checkpoint.name, weights, centered=centered)
+    params = weights.ema_params
+    about = {
+        "checkpoint": plan.checkpoint.name,
+        "step": int(weights.step),
+        "weights": fingerprint(params),
+        "boundaries": plan.sampler.boundaries.tolist(),
+        "sampling": plan.sampling,
+    }
+    sampler = plan.sampler.with_time_grid(params, plan.time_grid)
+    write_samples(plan.folder, sampler, params, plan.wanted, centered=centered, about=about)
 
 
 def write_samples(

@@ -1,4 +1,4 @@
-"""Training of a stage: from its first state, by updates, to snapshots and the curve of losses."""
+"""Training of a stage: its plan, its first state, its updates, its snapshots and the curve of losses."""
 
 import contextlib
 import dataclasses
@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
 from etils import epath
 
@@ -23,10 +23,14 @@ import runtime
 import train_step
 import utils
 from checkpointing import runs
-from configs.saved import check_resume
+from checkpointing.checkpoint import CheckpointRef, checkpoint_at, log_source
+from checkpointing.metadata import make_metadata
+from configs.saved import check_resume, resolved
+from configs.settings import Config
+from configs.validation import StageValues, segments_of, stage_values
 from evaluation import SHOWN_IMAGES
-from jobs import progress, stages
-from jobs.builders import Config, measured_boundaries, optimizer, real_data_of, sampler_of, tracker_of
+from jobs import builders, progress
+from jobs.inputs import TrainingData, starting_checkpoint
 from jobs.stages import Stage
 from metrics import reference
 from models.weights import start_fingerprint
@@ -37,190 +41,402 @@ from tracking.tracker import Tracker
 logger = logging.getLogger("seqrf")
 
 
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdatePlan:
+    """What one update computes.
+
+    Attributes:
+      targets: (keys, batch) -> `losses.Targets`, the stage's.
+      optimizer, rate: Adam, and its learning rate by the number of updates before.
+      loss, reduce_mean: as `losses.make_loss`.
+      lpips: the files of VGG16 and of LPIPS' heads, for the loss "lpips_huber".
+      on_policy: None: all pairs are stored ones.
+      drops_nonfinite: whether an update that is not finite is dropped.
+      accumulate: parts of a batch that go through one after another.
+      ema_rates: of further EMAs.
+      from_ema: whether a new run starts from its source's EMA.
+    """
+
+    targets: Callable
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    loss: str
+    reduce_mean: bool
+    lpips: tuple[str, str]
+    on_policy: losses.OnPolicy | None
+    drops_nonfinite: bool
+    accumulate: int
+    ema_rates: tuple[float | int, ...]
+    from_ema: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """After how many updates a stage logs, keeps a checkpoint, saves one to resume from; and updates in one call."""
+
+    log: int
+    snapshot: int
+    preemption: int
+    call: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotPlan:
+    """What is drawn and measured of every kept checkpoint.
+
+    Attributes:
+      is_drawn: whether anything is.
+      sampler: of the samples.
+      time_grid: how its fixed grid is placed.
+      samples: compared with the data; 0: none, and what follows is not used.
+      noises: behind straightness.
+      boundaries: [k + 1] in t, of sequential straightness.
+      batch_size: over the devices of all hosts.
+      data, options: what the samples are compared with.
+    """
+
+    is_drawn: bool
+    sampler: Sampler
+    time_grid: str
+    samples: int
+    noises: int
+    boundaries: np.ndarray
+    batch_size: int
+    data: datasets.DataOptions
+    options: reference.Options
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """All that a training stage will do.
+
+    Attributes:
+      stage: which it is.
+      workdir, folder: of the run, and of the stage in it.
+      network: without weights.
+      data: what it trains on.
+      start: () -> the checkpoint that a new run starts from; None: random weights.
+      values: the number of updates and the EMA's rate.
+      seed: of weights, noise and times.
+      batch_size: over the devices of all hosts.
+      keep_snapshots: the most recent ones that are kept; 0: all.
+      profile: whether a profiler's trace is written.
+      settings: the configuration as run.json keeps it.
+      log_name: of the run in wandb.
+    """
+
+    stage: Stage
+    workdir: epath.Path
+    folder: epath.Path
+    network: models.NCSNpp
+    data: TrainingData
+    start: Callable[[], CheckpointRef | None]
+    values: StageValues
+    update: UpdatePlan
+    cadence: Cadence
+    snapshots: SnapshotPlan
+    seed: int
+    batch_size: int
+    keep_snapshots: int
+    profile: bool
+    settings: dict[str, Any]
+    log_name: str
+
+    def summary(self) -> dict[str, Any]:
+        """What --dry_run prints."""
+        begun = runs.latest_step(self.folder)
+        source = self.start() if begun is None else None
+        return {
+            "job": f"train {self.stage.model_name(self.network.heads)}",
+            "from": f"its update {begun}" if begun is not None else source.name if source else "random weights",
+            "on": self.data.folder or self.snapshots.data.name,
+            "into": self.folder,
+            "boundaries": self.data.boundaries.tolist(),
+            "updates": self.values.n_iters,
+            "batch size": self.batch_size,
+            "EMA": f"{self.values.ema_rate}{', capped at first' if self.values.variable_ema_rate else ''}",
+            "samples": self.snapshots.sampler.name,
+        }
+
+
+def train_plan(config: Config, workdir: epath.Path, stage: Stage, log_name: str) -> TrainPlan:
+    """What the configuration means for a stage in this workdir. Needs no device.
+
+    Raises:
+      InputError: no data, or data of another kind.
+    """
+    folder, training = workdir / stage.folder, config.training
+    begun = runs.latest_step(folder) is not None
+    values = stage_values(config, runs.read_settings(folder) if begun else None)
+    network = models.create_model(config).clone(heads=segments_of(config))
+    data = stage.data(config, workdir)
+    return TrainPlan(
+        stage=stage,
+        workdir=workdir,
+        folder=folder,
+        network=network,
+        data=data,
+        start=functools.partial(starting_checkpoint, config, workdir / stage.parent if stage.parent else None),
+        values=values,
+        update=_update_plan(config, stage, data, values),
+        cadence=Cadence(
+            training.log_freq,
+            training.snapshot_freq,
+            training.snapshot_freq_for_preemption,
+            training.n_jitted_steps,
+        ),
+        snapshots=_snapshot_plan(config, network, data.boundaries),
+        seed=config.seed,
+        batch_size=training.batch_size,
+        keep_snapshots=training.keep_snapshots,
+        profile=training.profile,
+        settings=resolved(config, values, network.heads),
+        log_name=log_name,
+    )
+
+
+def _update_plan(config: Config, stage: Stage, data: TrainingData, values: StageValues) -> UpdatePlan:
+    training, optim = config.training, config.optim
+    num_steps = (len(data.boundaries) - 1) * stage.steps
+    return UpdatePlan(
+        targets=stage.targets(config),
+        optimizer=builders.optimizer(config, values),
+        rate=train_step.learning_rate(optim.lr, optim.warmup, optim.schedule, values.n_iters),
+        loss=training.loss,
+        reduce_mean=training.reduce_mean,
+        lpips=(training.lpips_path, training.lpips_heads),
+        on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,
+        drops_nonfinite=training.nan_policy == "skip",
+        accumulate=training.accumulate,
+        ema_rates=config.model.ema_rates,
+        from_ema=training.init_from_ema,
+    )
+
+
+def _snapshot_plan(config: Config, network: models.NCSNpp, boundaries: np.ndarray) -> SnapshotPlan:
+    return SnapshotPlan(
+        is_drawn=config.training.snapshot_sampling,
+        sampler=Sampler(network, boundaries, network.image_shape, builders.sampler_options(config), config.seed),
+        time_grid=config.sampling.time_grid,
+        samples=config.training.snapshot_fid_sample,
+        noises=config.eval.straightness_samples,
+        boundaries=builders.measured_boundaries(config, boundaries),
+        batch_size=config.eval.batch_size,
+        data=builders.data_options(config),
+        options=builders.reference_options(config),
+    )
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """A training stage in progress.
 
     Attributes:
-      config: with k resolved.
-      folder: of the stage, in the workdir.
-      model: the network, without weights.
-      sampler: of snapshots.
       metadata: saved beside every checkpoint.
       saved: the checkpoints.
       tracker: of losses, metrics and pictures.
       real: what snapshots are compared with; None where they are not measured.
     """
 
-    config: Config
-    folder: epath.Path
-    model: nn.Module
-    sampler: Sampler
+    plan: TrainPlan
     metadata: dict[str, Any]
     saved: runs.RunCheckpoints
     tracker: Tracker
     real: reference.RealData | None
 
 
-def train_stage(config: Config, workdir: epath.Path, stage: Stage, log_name: str) -> None:
-    """Trains a stage up to `training.n_iters` updates, from its latest checkpoint if there is one.
+def train_stage(plan: TrainPlan) -> None:
+    """Trains a stage up to its number of updates, from its latest checkpoint if there is one.
 
     Raises:
-      InputError: no parent, pairs or data that fit; a value that is not finite.
+      InputError: no parent or pairs that fit; a value that is not finite.
       Preempted: the process was asked to stop; the state is saved.
     """
-    data = stage.data(config, workdir)
-    model, folder = models.create_model(config), workdir / stage.folder
-    utils.check_writable(workdir, folder / "checkpoints", folder / "checkpoints-meta")
-    with contextlib.closing(runs.RunCheckpoints(folder, keep_snapshots=config.training.keep_snapshots)) as saved:
-        state, metadata, is_new = _first_state(config, workdir, stage, data, model, saved)
-        start, n_iters = int(state.step), config.training.n_iters
+    folder = plan.folder
+    utils.check_writable(plan.workdir, folder / "checkpoints", folder / "checkpoints-meta")
+    with contextlib.closing(runs.RunCheckpoints(folder, keep_snapshots=plan.keep_snapshots)) as saved:
+        state, metadata, is_new = _first_state(plan, saved)
+        start, n_iters = int(state.step), plan.values.n_iters
         if distributed.is_first_host():
-            runs.write_settings(folder, config)
-        if start >= n_iters and start in runs.steps_in(folder) and _is_drawn(config, folder, start):
+            runs.write_settings(folder, plan.settings)
+        has_snapshot = start in runs.steps_in(folder)
+        if start >= n_iters and has_snapshot and _is_drawn(plan, start):
             logger.info("%s has its %d updates already", folder, start)
             return
         saved.check_room(state)
-        real = real_data_of(config) if _measures_snapshots(config) else None
-        tracker = tracker_of(config, folder, workdir, f"{log_name}-{stage.folder}", resume_step=start)
-        with contextlib.closing(tracker):
-            sampler = sampler_of(config, model, data.boundaries)
-            run = _Run(config, folder, model, sampler, metadata, saved, tracker, real)
-            if is_new or (start >= n_iters and start not in runs.steps_in(folder)):
+        real = _real_data(plan.snapshots)
+        name = f"{plan.log_name}-{plan.stage.folder}"
+        with contextlib.closing(
+            builders.tracker_of(plan.settings, folder, plan.workdir, name, resume_step=start)
+        ) as tracker:
+            run = _Run(plan, metadata, saved, tracker, real)
+            if is_new or (start >= n_iters and not has_snapshot):
                 _save_snapshot(run, state)
-            elif start in runs.steps_in(folder) and not _is_drawn(config, folder, start):
+            elif has_snapshot and not _is_drawn(plan, start):
                 _draw_snapshot(run, state)  # killed after the checkpoint and before its picture
             if start < n_iters:
-                _update_until_done(run, stage, data, state)
+                _update_until_done(run, state)
             _draw_losses(run)
     logger.info("checkpoints, samples and losses are in %s", folder)
 
 
-def _first_state(
-    config, workdir, stage: Stage, data, model, saved
-) -> tuple[train_step.TrainState, dict[str, Any], bool]:
+def _real_data(snapshots: SnapshotPlan) -> reference.RealData | None:
+    if not snapshots.is_drawn or not snapshots.samples:
+        return None
+    return reference.real_data(snapshots.data, snapshots.options, snapshots.batch_size)
+
+
+def _first_state(plan: TrainPlan, saved: runs.RunCheckpoints) -> tuple[train_step.TrainState, dict[str, Any], bool]:
     """(the state that training starts from, the metadata of its checkpoints, whether the run is new).
 
     A run's own latest state, else its starting weights. A 1-RF that is given weights continues their count of updates;
     a reflow stage learns something new and counts from 0.
     """
-    folder = workdir / stage.folder
-    metadata = runs.make_metadata(config, stage.folder, data.boundaries, teacher=data.teacher)
-    random = functools.partial(_initial_state, config, step=0)
-    like = jax.eval_shape(lambda: random(_random_weights(config, model)))
-    starting_weights = functools.partial(_starting_weights, config, workdir, stage, model)
+    folder, network, stage, data = plan.folder, plan.network, plan.stage, plan.data
+    metadata = make_metadata(network, stage.folder, data.boundaries, teacher=data.teacher)
     if saved.latest_step() is not None and (settings := runs.read_settings(folder)):
-        check_resume(settings, config, folder, lambda: _began_with(folder, starting_weights()[1]))
+        check_resume(settings, plan.settings, folder, lambda: _began_with(folder, _starting_weights(plan)[1]))
+    like = jax.eval_shape(lambda: _initial_state(plan, random_weights(network, plan.seed), step=0))
     if (state := saved.resume(like, metadata)) is not None:
         logger.info("resuming %s from update %d", folder, state.step)
-        begun = runs.read_metadata(folder)
+        begun = checkpoint_at(folder).metadata
         return state, metadata | {name: begun[name] for name in ("source", "start") if name in begun}, False
-    source, weights = starting_weights()
+    source, weights = _starting_weights(plan)
     name = source.name if source else "random"
     metadata |= {"source": name, "start": start_fingerprint(weights)}
-    runs.log_source(name if source else "random weights", weights, centered=config.data.centered)
+    log_source(name if source else "random weights", weights, centered=network.centered)
     if source:
-        data.check_fit(source, weights, distills=stage.parent == "2_rf")
-    return _initial_state(config, weights, step=0 if stage.parent else int(weights.step)), metadata, True
+        data.check_fit(source, weights, distills=stage.distills)
+    return _initial_state(plan, weights, step=0 if stage.parent else int(weights.step)), metadata, True
 
 
-def _starting_weights(config, workdir, stage: Stage, model) -> tuple[runs.CheckpointRef | None, models.Weights]:
+def _starting_weights(plan: TrainPlan) -> tuple[CheckpointRef | None, models.Weights]:
     """(what a stage starts from, its weights); None and random weights for a 1-RF that is given nothing."""
-    source = stages.starting_checkpoint(config, workdir / stage.parent if stage.parent else None)
-    return source, source.load() if source else _random_weights(config, model)
+    source = plan.start()
+    return source, source.load(plan.network) if source else random_weights(plan.network, plan.seed)
+
+
+def random_weights(network: models.NCSNpp, seed: int) -> models.Weights:
+    """Fresh weights, their EMA a copy, Adam's moments zero."""
+    params = models.init_params(network, jax.random.key(seed), network.image_shape)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
 
 
 def _began_with(folder: epath.Path, weights: models.Weights) -> bool:
     """Whether a run began with these weights; False for one of a version that did not keep which."""
-    return runs.read_metadata(folder).get("start") == start_fingerprint(weights)
+    return checkpoint_at(folder).metadata.get("start") == start_fingerprint(weights)
 
 
-def _initial_state(config, weights, *, step: int) -> train_step.TrainState:
-    rates, from_ema = config.model.ema_rates, config.training.init_from_ema
-    return train_step.initial_state(weights, optimizer(config), step=step, ema_rates=rates, from_ema=from_ema)
+def _initial_state(plan: TrainPlan, weights: models.Weights, *, step: int) -> train_step.TrainState:
+    update = plan.update
+    return train_step.initial_state(
+        weights, update.optimizer, step=step, ema_rates=update.ema_rates, from_ema=update.from_ema
+    )
 
 
-def _update_until_done(run: _Run, stage: Stage, data: stages.TrainingData, state: train_step.TrainState):
-    """Raises Preempted, with the state saved, if the process is asked to stop; InputError as `UpdateValues.check`."""
-    training, step = run.config.training, int(state.step)
-    program = distributed.map_devices(_train_step(run, stage, data), all_hosts=True, donate=(0,))
-    state, seed = distributed.replicate((state, np.uint32(run.config.seed)))
-    run_ahead, any_host, values = distributed.RunAhead(), distributed.AnyHost(), _update_values(run)
-    rates, pace = _learning_rates(run.config), progress.Pace(training.batch_size)
-    calls = _calls(training, data, step, pace)
-    if training.profile and distributed.is_first_host():
-        calls = progress.profiled(calls, run.folder / "profile")
-    with tqdm.tqdm(total=training.n_iters, initial=step, desc=stage.folder, unit="update", disable=None) as bar:
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+def update_program(plan: TrainPlan) -> Callable:
+    """The program of all devices: (state, batches [devices, n, B, ...], seed) -> (state, values).
+
+    It takes the state's memory for the new one. `train_step.make_train_step` says what it computes.
+    """
+    update = plan.update
+    loss = losses.make_loss(update.loss, reduce_mean=update.reduce_mean, lpips=_lpips(plan))
+    step = train_step.make_train_step(
+        plan.network,
+        update.targets,
+        loss,
+        update.optimizer,
+        ema_rate=plan.values.ema_rate,
+        variable_ema_rate=plan.values.variable_ema_rate,
+        on_policy=update.on_policy,
+        drop_nonfinite=update.drops_nonfinite,
+        accumulate=update.accumulate,
+    )
+    return distributed.map_devices(step, all_hosts=True, donate=(0,))
+
+
+def _lpips(plan: TrainPlan) -> Callable | None:
+    if plan.update.loss != "lpips_huber":
+        return None
+    from models.lpips import load_lpips
+
+    return load_lpips(*plan.update.lpips, centered=plan.network.centered)
+
+
+def _update_until_done(run: _Run, state: train_step.TrainState):
+    """Raises Preempted, with the state saved, if the process is asked to stop; InputError as `UpdateMetrics.check`."""
+    plan, cadence, n_iters, step = run.plan, run.plan.cadence, run.plan.values.n_iters, int(state.step)
+    program = update_program(plan)
+    state, seed = distributed.replicate((state, np.uint32(plan.seed)))
+    run_ahead, any_host, metrics = distributed.RunAhead(), distributed.AnyHost(), _update_metrics(run)
+    rates, pace = _learning_rates(plan), progress.Pace(plan.batch_size)
+    calls = _calls(plan, step, pace)
+    if plan.profile and distributed.is_first_host():
+        calls = progress.profiled(calls, plan.folder / "profile")
+    with tqdm.tqdm(total=n_iters, initial=step, desc=plan.stage.folder, unit="update", disable=None) as bar:
         for batch, count in calls:
             state, computed = program(state, batch, seed)
             run_ahead.add(computed)
             before, step = step, step + count
-            values.add(step, computed)
+            metrics.add(step, computed)
             pace.add(count)
             bar.update(count)
-            if step // training.log_freq > before // training.log_freq or step == training.n_iters:
+            if step // cadence.log > before // cadence.log or step == n_iters:
                 run.saved.check()
-                values.log(learning_rate=float(rates[step - 1]), **pace.summary())
+                metrics.log(learning_rate=float(rates[step - 1]), **pace.summary())
             stops = any_host(runtime.preemption.requested is not None)
-            is_snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
-            if is_snapshot or stops or step % training.snapshot_freq_for_preemption == 0:
-                values.check()
+            is_snapshot = step % cadence.snapshot == 0 or step == n_iters
+            if is_snapshot or stops or step % cadence.preemption == 0:
+                metrics.check()
                 (_save_snapshot if is_snapshot else _save_preemption_checkpoint)(run, distributed.first_copy(state))
                 pace.restart()
             if stops:
                 run.saved.wait()
-                raise runtime.preemption.stopped(f"after update {step} of {training.n_iters}")
+                raise runtime.preemption.stopped(f"after update {step} of {n_iters}")
 
 
-def _update_values(run: _Run) -> progress.UpdateValues:
-    drops = run.config.training.nan_policy == "skip"
-    remedy = f"lower optim.lr, or look at the data; the checkpoints before it are in {run.folder}"
+def _update_metrics(run: _Run) -> progress.UpdateMetrics:
+    drops = run.plan.update.drops_nonfinite
+    remedy = f"lower optim.lr, or look at the data; the checkpoints before it are in {run.plan.folder}"
     if not drops:
         remedy = f"use training.nan_policy=skip to drop such updates, {remedy}"
-    return progress.UpdateValues(run.tracker.log, drops=drops, remedy=remedy)
+    return progress.UpdateMetrics(run.tracker.log, drops=drops, remedy=remedy)
 
 
-def _calls(
-    training, data: stages.TrainingData, step: int, pace: progress.Pace
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """(batch [devices, updates, B, ...], updates) of every call of the training step, up to n_iters.
+def _calls(plan: TrainPlan, step: int, pace: progress.Pace) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """(batch [devices, updates, B, ...], updates) of every call of the program, up to the last update.
 
-    Calls end at multiples of n_jitted_steps, where checkpoints are due, whatever update a run starts from.
+    Calls end at multiples of `cadence.call`, where checkpoints are due, whatever update a run starts from.
     """
-    whole = training.n_jitted_steps
-    batches = distributed.prefetch(data.batches(step - step % whole))
-    while step < training.n_iters:
+    whole, n_iters = plan.cadence.call, plan.values.n_iters
+    batches = distributed.prefetch(plan.data.batches(step - step % whole))
+    while step < n_iters:
         with pace.waiting():
             batch, first = next(batches), step % whole
-        count = min(whole - first, training.n_iters - step)
+        count = min(whole - first, n_iters - step)
         if count < whole:
             batch = {name: rows[:, first : first + count] for name, rows in batch.items()}
         yield batch, count
         step += count
 
 
-def _train_step(run: _Run, stage: Stage, data: stages.TrainingData) -> Callable:
-    config, training = run.config, run.config.training
-    num_steps = (len(data.boundaries) - 1) * training.distill_steps
-    return train_step.make_train_step(
-        run.model,
-        stage.targets(config),
-        losses.make_loss(training.loss, reduce_mean=training.reduce_mean, lpips=_lpips(config)),
-        optimizer(config),
-        ema_rate=config.model.ema_rate,
-        variable_ema_rate=config.model.variable_ema_rate,
-        on_policy=losses.OnPolicy(tuple(data.boundaries.tolist()), num_steps) if data.on_policy else None,
-        drop_nonfinite=training.nan_policy == "skip",
-        accumulate=training.accumulate,
-    )
+def _learning_rates(plan: TrainPlan) -> np.ndarray:
+    """[n_iters] of every update: computed before them, because later the devices are busy."""
+    n_iters = plan.values.n_iters
+    return np.broadcast_to(np.asarray(plan.update.rate(np.arange(n_iters))), n_iters)
 
 
-def _lpips(config) -> Callable | None:
-    if config.training.loss != "lpips_huber":
-        return None
-    from models.lpips import load_lpips
-
-    return load_lpips(config.training.lpips_path, config.training.lpips_heads, centered=config.data.centered)
+# --- snapshots --------------------------------------------------------------------------------------------------------
 
 
 def _save_preemption_checkpoint(run: _Run, state: train_step.TrainState):
@@ -236,55 +452,41 @@ def _save_snapshot(run: _Run, state: train_step.TrainState):
     _draw_snapshot(run, state)
 
 
-def _measures_snapshots(config) -> bool:
-    return config.training.snapshot_sampling and config.training.snapshot_fid_sample > 0
-
-
 def _picture_of(folder: epath.Path, step: int) -> epath.Path:
     return folder / "samples" / f"step_{step}.png"
 
 
-def _is_drawn(config, folder: epath.Path, step: int) -> bool:
-    return distributed.agreed(not config.training.snapshot_sampling or _picture_of(folder, step).exists())
+def _is_drawn(plan: TrainPlan, step: int) -> bool:
+    return distributed.agreed(not plan.snapshots.is_drawn or _picture_of(plan.folder, step).exists())
 
 
 def _draw_snapshot(run: _Run, state: train_step.TrainState):
     """Measures and draws a snapshot on all hosts; the picture comes last, as the mark of a finished one."""
-    config, step = run.config, int(state.step)
-    if not config.training.snapshot_sampling:
+    plan, wanted, step = run.plan, run.plan.snapshots, int(state.step)
+    if not wanted.is_drawn:
         return
-    params, centered = state.ema_params, config.data.centered
-    sampler = run.sampler.with_time_grid(params, config.sampling.time_grid)
+    params, centered = state.ema_params, plan.network.centered
+    sampler = wanted.sampler.with_time_grid(params, wanted.time_grid)
     if run.real:
-        count, size = config.training.snapshot_fid_sample, config.eval.batch_size
-        quality, images = evaluation.sample_quality(sampler, params, count, size, real=run.real, centered=centered)
-        boundaries, noises = measured_boundaries(config, sampler), config.eval.straightness_samples
-        straight = evaluation.trajectory_metrics(sampler, params, boundaries, noises, size)
+        size = wanted.batch_size
+        quality, images = evaluation.sample_quality(
+            sampler, params, wanted.samples, size, real=run.real, centered=centered
+        )
+        straight = evaluation.trajectory_metrics(sampler, params, wanted.boundaries, wanted.noises, size)
         quality["straightness"] = straight.straightness
         quality["sequential_straightness"] = straight.sequential_straightness
         run.tracker.log(step, quality)
         run.tracker.flush()
     else:
         images = datasets.unscale(next(sampler.samples(params, SHOWN_IMAGES, SHOWN_IMAGES)), centered)
+    picture = _picture_of(plan.folder, step)
     if distributed.is_first_host():
-        plots.draw_images(_picture_of(run.folder, step), images)
-    run.tracker.picture(step, "samples", _picture_of(run.folder, step))
+        plots.draw_images(picture, images)
+    run.tracker.picture(step, "samples", picture)
 
 
 def _draw_losses(run: _Run):
     lines = [line for line in run.tracker.history if "loss" in line]
     if lines:
-        plots.draw_loss(run.folder / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
-
-
-def _learning_rates(config) -> np.ndarray:
-    """[n_iters] of every update: computed before them, because later the devices are busy."""
-    settings, n_iters = config.optim, config.training.n_iters
-    rate = train_step.learning_rate(settings.lr, settings.warmup, settings.schedule, n_iters)
-    return np.broadcast_to(np.asarray(rate(np.arange(n_iters))), n_iters)
-
-
-def _random_weights(config, model) -> models.Weights:
-    params = models.init_params(model, jax.random.key(config.seed), datasets.image_shape(config))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
+        steps, values = [line["step"] for line in lines], [line["loss"] for line in lines]
+        plots.draw_loss(run.plan.folder / "loss.png", steps, values)

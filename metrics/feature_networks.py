@@ -12,7 +12,6 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import tqdm
@@ -52,6 +51,11 @@ class FeatureNetwork:
     features_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     on_devices: Callable[[Any], tuple[Any, Any]] | None = None
     preprocessing: str = "unknown"
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of figures in its features: 'fid' alone means Inception's."""
+        return "" if self.name == "inception" else f"_{self.name}"
 
     def measure(self, images: UInt8[Array | np.ndarray, "devices n h w c"]) -> tuple[np.ndarray, np.ndarray]:
         """Features [devices * n, d] and logits [devices * n, classes]; only they leave the devices, where they can."""
@@ -193,7 +197,7 @@ class LabelledImages:
     labels: Int[np.ndarray, "n"]
 
 
-def label_classifier(data: ml_collections.ConfigDict, cache_dir: epath.PathLike | None = None) -> FeatureNetwork:
+def label_classifier(data: datasets.DataOptions, cache_dir: epath.PathLike | None = None) -> FeatureNetwork:
     """The classifier of a labelled data set at its image size.
 
     Those of the small benches are in model_zoo/classifiers, so that figures of several machines compare; others are
@@ -201,7 +205,6 @@ def label_classifier(data: ml_collections.ConfigDict, cache_dir: epath.PathLike 
     whole float32 precision.
 
     Args:
-      data: `config.data`, which names the set.
       cache_dir: where its weights are kept; None for `cache_folder()`.
 
     Raises:
@@ -243,7 +246,7 @@ def classifier_function(model: LabelClassifier, params: Any) -> Callable:
     return apply
 
 
-def _labelled_splits(data) -> tuple[LabelledImages, LabelledImages]:
+def _labelled_splits(data: datasets.DataOptions) -> tuple[LabelledImages, LabelledImages]:
     sources = [datasets.image_source(data, split) for split in ("train", "test")]
     train, test = (LabelledImages(source.read(0, source.size), source.labels()) for source in sources)
     return train, test

@@ -75,7 +75,7 @@ def jax_function(model: Callable) -> Callable:
     def apply(images: UInt8[Array, "n h w 3"]) -> tuple[Float[Array, "n d"], Float[Array, "n classes"]]:
         n, batch = len(images), min(BATCH, len(images))
         padded = jnp.pad(images, [(0, -n % batch), (0, 0), (0, 0), (0, 0)])
-        network = exported(model, batch)
+        network = portable_program(model, batch)
 
         def outputs(levels: Array) -> Any:
             shape = (batch, SIZE, SIZE, 3)
@@ -90,7 +90,7 @@ def jax_function(model: Callable) -> Callable:
 
 
 @functools.lru_cache(maxsize=4)
-def exported(model: Callable, batch: int) -> jax.export.Exported:
+def portable_program(model: Callable, batch: int) -> jax.export.Exported:
     """The function of pixels [batch, 299, 299, 3] in [-1, 1] to features and logits as portable StableHLO.
 
     TensorFlow compiles it for the CPU, but nothing in it belongs to one. It asks for the highest precision of every

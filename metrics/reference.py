@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
 import numpy as np
 import tqdm
 from etils import epath
@@ -110,20 +109,31 @@ def spread(total: int, count: int) -> Int[np.ndarray, "m"]:
     return np.arange(count) * total // max(count, 1)
 
 
+def feature_distances(real: RealData, fake: Float[np.ndarray, "n d"]) -> dict[str, float]:
+    """FID, KID and its error under their names in metrics.json; FID alone where only the moments are known.
+
+    Raises:
+      ValueError: as `metrics.distances.frechet_distance`.
+    """
+    suffix = real.network.suffix
+    found = {f"fid{suffix}": distances.frechet_distance_to(real.moments, fake)}
+    if real.features is None:
+        return found
+    kernel, error = distances.kernel_distance_and_error(real.features, fake, sums_a=real.kernel_sums)
+    return found | {f"kid{suffix}": kernel, f"kid_error{suffix}": error}
+
+
 # --- made from images -------------------------------------------------------------------------------------------------
 
 
 def feature_network(
-    data: ml_collections.ConfigDict | ml_collections.FrozenConfigDict,
-    options: Options,
-    cache_dir: epath.PathLike | None = None,
+    data: datasets.DataOptions, options: Options, cache_dir: epath.PathLike | None = None
 ) -> FeatureNetwork:
-    """The network whose features samples of `config.data` are compared in.
+    """The network whose features samples and images of a data set are compared in.
 
     Inception for photographs, a classifier of the labels for grey images, or `feature_networks.pixel_network`.
 
     Args:
-      data: `config.data`.
       cache_dir: where a trained classifier is kept; None for `runtime.cache_folder()`.
 
     Raises:
@@ -228,16 +238,12 @@ def _from_arrays(network, arrays: dict[str, np.ndarray], record: dict[str, Any],
     return RealData(network, found, arrays.get("pool_3"), arrays.get("kernel_sums"), record, source)
 
 
-def of_config(
-    data: ml_collections.ConfigDict,
-    options: Options,
-    batch_size: int,
-    cache_dir: epath.PathLike | None = None,
+def real_data(
+    data: datasets.DataOptions, options: Options, batch_size: int, cache_dir: epath.PathLike | None = None
 ) -> RealData:
-    """What `config.data` is compared by; in a process the same object, its network compiled, for the same arguments.
+    """What samples are compared with; in a process the same object, its network compiled, for the same arguments.
 
     Args:
-      data: `config.data`.
       batch_size: images over all devices of all hosts.
       cache_dir: where classifiers and features are kept; None for `runtime.cache_folder()`.
 
@@ -245,11 +251,11 @@ def of_config(
       InputError: as `feature_network`, `datasets.image_source` and `read_file`, before any feature is computed.
     """
     folder = str(runtime.cache_folder() if cache_dir is None else cache_dir)
-    return _of_config(ml_collections.FrozenConfigDict(data), options, batch_size, folder)
+    return _real_data(data, options, batch_size, folder)
 
 
 @functools.lru_cache(maxsize=2)
-def _of_config(data, options: Options, batch_size: int, cache_dir: str) -> RealData:
+def _real_data(data: datasets.DataOptions, options: Options, batch_size: int, cache_dir: str) -> RealData:
     network = feature_network(data, options, cache_dir)
     if options.file.lower() not in ("", "none"):
         return read_file(options.file, network, data)
@@ -260,14 +266,14 @@ def _of_config(data, options: Options, batch_size: int, cache_dir: str) -> RealD
 # --- read from files --------------------------------------------------------------------------------------------------
 
 
-def read_file(path: epath.PathLike, network: FeatureNetwork, data: Any) -> RealData:
+def read_file(path: epath.PathLike, network: FeatureNetwork, data: datasets.DataOptions) -> RealData:
     """Features and statistics in an npz file: one that scripts/reference_stats.py wrote, or another program's.
 
     Others' files have the features as `pool_3`, or `mu` and `sigma` alone, which give the FID and nothing else; that
     they are this network's cannot be known, and a warning says so.
 
     Args:
-      data: `config.data`, whose images the samples are like.
+      data: whose images the samples are like.
 
     Raises:
       InputError: no such file, not such a file, or one for another network, resolution or range.
@@ -315,7 +321,9 @@ def _read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_record(path: epath.PathLike, record: dict[str, Any], network: FeatureNetwork, data: Any) -> None:
+def _check_record(
+    path: epath.PathLike, record: dict[str, Any], network: FeatureNetwork, data: datasets.DataOptions
+) -> None:
     """Raises InputError where statistics were made for other features or other images than the evaluation's."""
     shape = [data.image_size, data.image_size, data.num_channels]
     wanted = {
@@ -333,7 +341,9 @@ def _check_record(path: epath.PathLike, record: dict[str, Any], network: Feature
             )
 
 
-def _check_width(path, found: Moments, pool: np.ndarray | None, network: FeatureNetwork, data: Any) -> None:
+def _check_width(
+    path, found: Moments, pool: np.ndarray | None, network: FeatureNetwork, data: datasets.DataOptions
+) -> None:
     image = np.zeros((1, data.image_size, data.image_size, data.num_channels), np.uint8)
     width = network.features_and_logits(image)[0].shape[1]
     if {found.mean.size, width if pool is None else pool.shape[1]} != {width}:
@@ -358,101 +368,3 @@ def write_file(path: epath.PathLike, real: RealData) -> None:
     assert real.kernel_sums is not None
     arrays: dict[str, Any] = _arrays(real.moments, real.features, real.kernel_sums, real.record)
     utils.write_arrays(path, **arrays)
-
-
-TEST_SPLITS = ("test", "validation")  # what data sets call the images that are not trained on
-
-
-def feature_distances(real: RealData, fake: Float[np.ndarray, "n d"]) -> dict[str, float]:
-    """FID, KID and its error under their names in metrics.json; FID alone where only the moments are known.
-
-    Raises:
-      ValueError: as `metrics.distances.frechet_distance`.
-    """
-    suffix = _suffix(real.network)
-    found = {f"fid{suffix}": distances.frechet_distance_to(real.moments, fake)}
-    if real.features is None:
-        return found
-    kernel, error = distances.kernel_distance_and_error(real.features, fake, sums_a=real.kernel_sums)
-    return found | {f"kid{suffix}": kernel, f"kid_error{suffix}": error}
-
-
-def _suffix(network: FeatureNetwork) -> str:
-    return "" if network.name == "inception" else f"_{network.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """The distances that samples as good as the data would have.
-
-    Attributes:
-      images: 'test' or 'validation', the split that is compared with the reference; 'halves': one half of the reference
-        is compared with the other.
-      samples: how many images are compared ...
-      reference_samples: ... with how many; None where the reference is a file that does not say.
-    """
-
-    images: str
-    samples: int
-    reference_samples: int | None
-    distances: dict[str, float]
-
-    def metrics(self) -> dict[str, float | int]:
-        """As metrics.json has them."""
-        found: dict[str, float | int | None] = {**self.distances, "samples": self.samples}
-        found["reference_samples"] = self.reference_samples
-        return {f"floor_{name}": value for name, value in found.items() if value is not None}
-
-
-def floor(
-    real: RealData,
-    data: ml_collections.ConfigDict,
-    batch_size: int,
-    count: int | None = None,
-    cache_dir: epath.PathLike | None = None,
-) -> Floor | None:
-    """The distances of the data set's test images to the reference; without test images those of two halves of it.
-
-    Computed once, then read from the cache. None where a reference file has moments alone and there are no test images.
-
-    Args:
-      data: `config.data`.
-      count: test images to compare; None: all. The FID of few samples is larger, so floors compare at equal counts.
-      cache_dir: as `of_config`.
-    """
-    folder = str(runtime.cache_folder() if cache_dir is None else cache_dir)
-    return _floor(real, ml_collections.FrozenConfigDict(data), batch_size, count, folder)
-
-
-@functools.lru_cache(maxsize=8)
-def _floor(real: RealData, data, batch_size: int, count: int | None, cache_dir: str) -> Floor | None:
-    source = _test_images(data)
-    if source is not None:
-        split, images = source
-        other = of_images(real.network, images, batch_size, split=split, cache_dir=cache_dir)
-        against, fake, made_of = real, other.features, other.record["sha256"]
-    elif real.features is not None:
-        order = np.random.default_rng(0).permutation(len(real.features))
-        half, rest = np.array_split(real.features[order], 2)
-        against = of_features(real.network, half)
-        split, fake, made_of = "halves", rest, "halves"
-    else:
-        return None
-    assert fake is not None
-    fake = fake[:count]
-
-    def compute() -> dict[str, np.ndarray]:
-        return {name: np.array(value) for name, value in feature_distances(against, fake).items()}
-
-    key = feature_networks.key(FORMAT, real.record["sha256"], made_of, len(fake))
-    found = feature_networks.cached(f"floor_{real.network.name}_{key}.npz", compute, cache_dir, shared=True)
-    return Floor(split, len(fake), against.count, {name: float(value) for name, value in found.items()})
-
-
-def _test_images(data) -> tuple[str, datasets.ImageSource] | None:
-    for split in TEST_SPLITS:
-        try:
-            return split, datasets.image_source(data, split)
-        except InputError:
-            continue
-    return None

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import segments
-from sampling import State
 
 
 class Straightness(NamedTuple):
@@ -77,8 +76,3 @@ def _boundary_states(ts, xs, boundaries):
     # Written so that a weight of exactly 0 or 1 gives a saved state, bit for bit.
     states = (1 - weight) * xs[after - 1] + weight * xs[after]
     return states[:-1], states[1:]
-
-
-def truncation_error(x: State, reference: State) -> Float[Array, ""]:
-    """Global truncation error: RMS over pixels and batch of samples minus the REFERENCE solve of the same noises."""
-    return jnp.sqrt(jnp.mean((x - reference) ** 2))

@@ -1,4 +1,4 @@
-"""Networks from configurations: the table of the network's options, weights made, heads copied."""
+"""Networks from descriptions: the table of the network's options, fresh weights, heads copied."""
 
 import functools
 import numbers
@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key, UInt32
@@ -50,7 +49,7 @@ NUMBERS = {
     "sigma_min": (0.01, 1e-12, 1e12, float),
     "sigma_max": (50.0, 1e-12, 1e12, float),
 }
-# They matter while a network is trained, made or run, and leave its weights and what these mean as they are.
+# Options that change neither the parameters nor the function they define; left out when checkpoints are compared.
 NOT_IDENTITY = ("dropout", "init_scale", "dtype", "remat")
 
 
@@ -75,78 +74,70 @@ def _number(name: str, value, default, lowest, highest, kind: type):
     return kind(value)
 
 
-def network_settings(config: ml_collections.ConfigDict) -> dict[str, dict]:
-    """The settings of sections data and model that a network is built from, checked: {"data": ..., "model": ...}.
+def make_network(data: Any, model: Any, heads: int = 1) -> NCSNpp:
+    """The network that the sections `data` and `model` of a configuration, or of a checkpoint's metadata, describe.
 
     Args:
-      config: with the sections data and model; absent keys, or None, of model mean the defaults in this module.
+      data: a mapping with image_size, num_channels, centered; further entries are not looked at.
+      model: a mapping of the options; absent ones, or None, mean the defaults in this module.
+      heads: k, the sets of time-embedding weights.
 
     Raises:
       InputError: a value that the family does not have; the message names the option and its allowed values.
     """
-    data, model = config.data, config.model
     for name, allowed in CONSTANTS.items():
         _choice(f"model.{name}", model.get(name), allowed)
-    settings = {name: _choice(f"model.{name}", model.get(name), allowed) for name, allowed in CHOICES.items()}
-    settings |= {name: _number(f"model.{name}", model.get(name), *limits) for name, limits in NUMBERS.items()}
-    if sum(settings["fir_kernel"]) == 0:
-        raise InputError(f"config.model.fir_kernel = {settings['fir_kernel']}: its sum must not be 0")
-    if not settings["ch_mult"]:
+    options = {name: _choice(f"model.{name}", model.get(name), allowed) for name, allowed in CHOICES.items()}
+    options |= {name: _number(f"model.{name}", model.get(name), *limits) for name, limits in NUMBERS.items()}
+    if sum(options["fir_kernel"]) == 0:
+        raise InputError(f"config.model.fir_kernel = {options['fir_kernel']}: its sum must not be 0")
+    if not options["ch_mult"]:
         raise InputError("config.model.ch_mult = (): use a list of at least 1 number")
-    size = _number("data.image_size", data.image_size, None, 1, 65_536, int)
-    halvings = len(settings["ch_mult"]) - 1
+    fir = options.pop("fir")
+    return NCSNpp(
+        **options | {"fir_kernel": options["fir_kernel"] if fir else None},
+        image_size=_image_size(data.get("image_size"), len(options["ch_mult"]) - 1),
+        channels=_number("data.num_channels", data.get("num_channels"), 3, 1, 65_536, int),
+        centered=_choice("data.centered", data.get("centered"), (True, False)),
+        heads=_number("training.reflow_t", heads, 1, 1, 65_536, int),
+    )
+
+
+def _image_size(value, halvings: int) -> int:
+    size = _number("data.image_size", value, None, 1, 65_536, int)
     if size % 2**halvings:
         raise InputError(
             f"config.data.image_size = {size}: the {halvings + 1} resolutions of config.model.ch_mult halve it "
             f"{halvings} times, so use a multiple of {2**halvings}"
         )
-    images = {
-        "image_size": size,
-        "num_channels": _number("data.num_channels", data.get("num_channels"), 3, 1, 65_536, int),
-        "centered": _choice("data.centered", data.get("centered"), (True, False)),
-    }
-    return {"data": images, "model": settings}
+    return size
 
 
-def network_identity(config: ml_collections.ConfigDict) -> dict[str, dict]:
-    """The `network_settings` that make two networks different: without NOT_IDENTITY, and with
-    None for those that this network does not use. Errors as there."""
-    settings = network_settings(config)
-    model = {name: value for name, value in settings["model"].items() if name not in NOT_IDENTITY}
-    if not model["fir"]:
-        model["fir_kernel"] = None
-    if not create_model(config).uses_sigma_table:
-        model |= {"sigma_min": None, "sigma_max": None}
-    return {"data": settings["data"], "model": model}
+def network_identity(network: NCSNpp) -> dict[str, dict[str, Any]]:
+    """What makes two networks different, as checkpoints keep it: the arguments `data` and `model` of `make_network`.
 
-
-def model_options(config: ml_collections.ConfigDict) -> dict:
-    """The fields of `NCSNpp` for a configuration, checked; without a section training: one head.
-
-    Raises:
-      InputError: as `network_settings`.
+    Without NOT_IDENTITY and heads, and with None for what this network does not use. Lists, as JSON has them.
     """
-    settings = network_settings(config)
-    images, options = settings["data"], settings["model"]
-    fir = options.pop("fir")
-    heads = (config.get("training") or {}).get("reflow_t")
-    return {
-        **options,
-        "fir_kernel": options["fir_kernel"] if fir else None,
-        "image_size": images["image_size"],
-        "channels": images["num_channels"],
-        "centered": images["centered"],
-        "heads": _number("training.reflow_t", heads, 1, 1, 65_536, int),
-    }
+    names = [name for name in (*CHOICES, *NUMBERS) if name not in NOT_IDENTITY]
+    model = {name: network.fir_kernel is not None if name == "fir" else getattr(network, name) for name in names}
+    if not network.uses_sigma_table:
+        model |= {"sigma_min": None, "sigma_max": None}
+    model = {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()}
+    images = {"image_size": network.image_size, "num_channels": network.channels, "centered": network.centered}
+    return {"data": images, "model": model}
 
 
-def create_model(config: ml_collections.ConfigDict) -> NCSNpp:
+def create_model(config: Any) -> NCSNpp:
     """The network that `config` describes, with `config.training.reflow_t` heads (1 where there is no such section).
 
+    Args:
+      config: sections `data`, `model` and perhaps `training`, as an ml_collections.ConfigDict or nested dicts.
+
     Raises:
-      InputError: a value that the family does not have.
+      InputError: as `make_network`.
     """
-    return NCSNpp(**model_options(config))
+    heads = (config.get("training") or {}).get("reflow_t", 1)
+    return make_network(config["data"], config["model"], heads)
 
 
 def init_params(

@@ -26,7 +26,7 @@ def sigma_table(sigma_min: float, sigma_max: float) -> Float[np.ndarray, "levels
 
 
 class NCSNpp(nn.Module):
-    """v(x, label) of segment `index`. The fields are the options of config.model, checked by `create_model`.
+    """v(x, label) of segment `index`. The fields describe the network; `create_model` checks them.
 
     Attributes:
       image_size: height and width, divisible by 2^(len(ch_mult) - 1).
@@ -66,6 +66,11 @@ class NCSNpp(nn.Module):
     remat: bool = False
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.image_size, self.image_size, self.channels
+
+    @property
     def uses_sigma_table(self) -> bool:
         """Whether `sigma_min` and `sigma_max` change the output: only these networks look noise levels up."""
         return self.scale_by_sigma and self.embedding_type == "positional"
@@ -89,9 +94,8 @@ class NCSNpp(nn.Module):
         Raises:
           ValueError: `x` has not the image size or channels that the network was made for.
         """
-        expected = (self.image_size, self.image_size, self.channels)
-        if x.shape[1:] != expected:
-            raise ValueError(f"the network takes images of shape {expected}, got {x.shape[1:]}")
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"the network takes images of shape {self.image_shape}, got {x.shape[1:]}")
         labels, index = jnp.asarray(labels), jnp.asarray(index)
         names = (f"all_modules_{n}" for n in itertools.count())
         embedding = self._time_embedding(names, labels, index)

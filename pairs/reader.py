@@ -26,7 +26,7 @@ from utils import InputError
 GROUP_FILES = 4  # files whose pairs are shuffled together
 BATCHES_AHEAD = 2
 OPENING_THREADS = 16  # files opened at once for the first check, where a remote disk has latency
-FILES, PAIRS = 0, 1  # what is shuffled: part of the seed
+FILES, PAIRS = 0, 1  # ids of random streams: file order, pair order
 
 logger = logging.getLogger("seqrf")
 

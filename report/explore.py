@@ -53,7 +53,9 @@ def _trajectories(model: Any, count: int, times: Any, **options: Any) -> tuple[A
         return sampler.solve(params, sampler.noise(indices), save_trajectory=True)
 
     sampler = model.sampler(**options)
-    batches = sampler.map_noises("trajectory", solve, model.params, count, sampler.trajectories_per_device(count))
+    batches = sampler.map_noises(
+        "states of a trajectory", solve, model.params, count, sampler.trajectories_per_device(count)
+    )
     found = [jax.device_get(solved) for _, solved, _ in batches]
     xs = np.concatenate([x for solved in found for x in solved.xs], axis=1)[:, :count]
     check_finite(xs, sampler)
@@ -65,10 +67,10 @@ def _sprite(frames: Any) -> str:
     """Frames [times, images, H, W, C] in [0, 1] as the data URI of one PNG, a row for each time."""
     from PIL import Image
 
-    from tracking import plots
+    import datasets
 
     times, images, height, width, channels = frames.shape
-    rows = plots.levels(frames.swapaxes(1, 2).reshape(times * height, images * width, channels))
+    rows = datasets.levels(frames.swapaxes(1, 2).reshape(times * height, images * width, channels))
     file = io.BytesIO()
     Image.fromarray(rows[..., 0] if channels == 1 else rows).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

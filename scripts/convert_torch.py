@@ -20,21 +20,22 @@ TORCH_SUFFIXES = (".pth", ".pt")
 def from_torch(config: Any, checkpoint: str, out: str) -> Any:
     """Writes the PyTorch file `checkpoint` as the exported file `out`; the `models.Weights` written."""
     import models
-    from checkpointing import runs
+    from checkpointing import exported
+    from checkpointing.metadata import make_metadata
 
     weights = models.import_torch(checkpoint, config)
-    runs.export_file(out, weights, config)
+    exported.write_file(out, weights, make_metadata(models.create_model(config), "exported", [1.0, 0.0]))
     return weights
 
 
 def to_torch(config: Any, checkpoint: str, out: str) -> Any:
     """Writes SeqRF's `checkpoint` as the PyTorch file `out`; the `models.Weights` written."""
     import models
-    from checkpointing import runs
+    from checkpointing.checkpoint import checkpoint_at
 
+    source = checkpoint_at(checkpoint)
     # With as many heads as it has: PyTorch's format has room for one, which is what a refusal should say.
-    config.training.reflow_t = runs.read_metadata(checkpoint)["k"]
-    weights = runs.load_weights(checkpoint, config)
+    weights = source.load(models.create_model(config).clone(heads=source.k))
     models.export_torch(weights, config, out)
     return weights
 

@@ -18,7 +18,9 @@ import sys
 from typing import Any
 
 import sampler
-from checkpointing import exported, runs
+from checkpointing import exported
+from checkpointing.checkpoint import checkpoint_at
+from jobs.stages import stage_in
 from models.weights import fingerprint
 from report.results import markdown_table
 from tracking import plots
@@ -30,10 +32,10 @@ ADAPTIVE = {"tol": 1e-3}
 
 def model_name(metadata: dict[str, Any]) -> str:
     """What the paper calls a model: '1-RF', '2-SeqRF', '2-SeqRF-Distill'."""
-    stage, k = metadata["stage"], metadata["k"]
-    if not stage.startswith("2_"):
+    stage, k = stage_in(metadata["stage"]), metadata["k"]
+    if stage is None:
         return "1-RF" if k == 1 else f"{k}-SeqRF"
-    return f"{k}-SeqRF-Distill" if stage.startswith("2_distill") else f"{k}-SeqRF"
+    return stage.model_name(k)
 
 
 def source_name(source: str) -> str:
@@ -48,10 +50,10 @@ def source_name(source: str) -> str:
 
 def recommended_samplers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     """Keywords of `sampler.TrainedSampler.sample`, the first the one to begin with: few steps of a straight flow."""
-    stage, k = metadata["stage"], metadata["k"]
-    if stage.startswith("2_distill"):
-        return [{"num_scales": k * runs.distill_steps(metadata)}]
-    if stage.startswith("2_"):
+    stage, k = stage_in(metadata["stage"]), metadata["k"]
+    if stage is not None and stage.distills:
+        return [{"num_scales": k * stage.steps}]
+    if stage is not None and stage.phase == 2:
         return [{"num_scales": 2 * k}, {"num_scales": k}, ADAPTIVE]
     return [ADAPTIVE, {"num_scales": 20, "predictor": "rf_solver_heun"}]
 
@@ -166,8 +168,8 @@ def export(options: argparse.Namespace) -> None:
     out = options.out
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
         raise InputError(f"{out} exists and holds something else; name a new folder")
-    metadata = runs.read_metadata(options.run)
-    weights = runs.load_weights(options.run, runs.own_config(metadata), ema_rate=options.ema_rate)
+    checkpoint = checkpoint_at(options.run, ema_rate=options.ema_rate)
+    metadata, weights = dict(checkpoint.metadata), checkpoint.load()
     metadata["source"] = source_name(metadata.get("source") or "")
     metrics = measured(options.run, options.metrics, fingerprint(weights.ema_params))
     samplers = recommended_samplers(metadata)

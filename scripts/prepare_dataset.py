@@ -7,16 +7,24 @@ fashion_mnist: FOLDER holds the four gzipped IDX files of Fashion-MNIST (Debian:
 puts them in /usr/share/datasets/fashion-mnist). The result is the data set fashion_mnist 3.0.1 of TFDS, records and
 order included, so that `tfds.load` and `data.dataset='FASHION_MNIST'` read it.
 
-images: FOLDER is searched recursively for pictures. Each becomes the central square of an RGB image, resized without
-aliasing to SIZE x SIZE and stored as PNG; `data.dataset='IMAGES'` reads them. The records and their order depend only
-on the pictures and their paths below FOLDER. Files that are not readable pictures are named and skipped.
+images: FOLDER is searched recursively for pictures, through links too. Each becomes the central square of an RGB image,
+resized without aliasing to SIZE x SIZE and stored as PNG; `data.dataset='IMAGES'` reads them. The records and their
+order depend only on the pictures and their paths below FOLDER.
+- Skipped, named and counted: hidden files and folders, what Pillow cannot read, pictures of less than half of SIZE.
+- Refused, so that nothing is written: pictures that would be stored wrongly. Greys of more than 8 bits in which no
+  depth is written (32-bit integers; floats beyond [0, 1]; 16 bits of which the set leaves the upper three quarters
+  empty) need --levels=LOW,HIGH, the values of all such pictures that become black and white. PostScript, and pictures
+  of more pixels than Pillow takes for harmless, must be converted or moved.
+- Transparent pictures are laid over --background (white). Of several frames or pages the first is taken, and named.
 
 DATA_DIR is what `--config.data.data_dir` names (default: TFDS's own folder). Exit status 2 and one line on wrong input.
 """
 
 import argparse
+import collections
 import gzip
 import itertools
+import math
 import sys
 import zlib
 from collections.abc import Iterator
@@ -24,9 +32,11 @@ from pathlib import Path
 
 import absl.logging
 import numpy as np
+import PIL.ImageColor
 from jaxtyping import UInt8
 
 import runtime
+from scripts import pictures
 from utils import InputError
 
 SIDE = 28  # pixels of a Fashion-MNIST image
@@ -91,53 +101,104 @@ def prepare_fashion_mnist(folder: Path, data_dir: str | None) -> str:
     return _write("fashion_mnist", "3.0.1", features, splits, data_dir)
 
 
-def square_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The central square of a picture, upright (EXIF), RGB, resized without aliasing.
-
-    Raises:
-      InputError: the file is not a readable picture.
-    """
-    import PIL.Image
-    import PIL.ImageOps
-
-    try:
-        with PIL.Image.open(path) as picture:
-            upright = PIL.ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:  # the decoders of many formats raise what they like
-        raise InputError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
-    return np.asarray(PIL.ImageOps.fit(upright, (size, size), PIL.Image.Resampling.LANCZOS))
-
-
-def picture_records(folder: Path, size: int) -> Iterator[tuple[str, dict]]:
-    """(path below `folder`, {"image"}) of every readable picture, sorted; the others are named on stderr."""
-    import PIL.Image
+def picture_records(paths: list[Path], folder: Path, rendering: pictures.Rendering, skipped: list) -> Iterator[tuple]:
+    """(key, {"image"}) of every picture that can be decoded; the others are named on stderr and join `skipped`."""
     import tqdm
 
-    suffixes = PIL.Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     for path in tqdm.tqdm(paths, "reading pictures", disable=None):
         try:
-            image = square_picture(path, size)
-        except InputError as error:
-            tqdm.tqdm.write(f"skipped: {error}", file=sys.stderr)  # clears TFDS's progress bars first
+            image = pictures.square_picture(path, rendering)
+        except pictures.Unusable as error:
+            _say(f"skipped: {error}")
+            skipped.append(error)
             continue
-        yield path.relative_to(folder).as_posix(), {"image": image}
+        yield pictures.record_key(path.relative_to(folder)), {"image": image}
 
 
-def prepare_images(folder: Path, data_dir: str, size: int) -> str:
-    """Writes the pictures of `folder` as the data set images 1.0.0 in `data_dir`; returns its folder.
+def survey(folder: Path, rendering: pictures.Rendering) -> tuple[dict[Path, pictures.Facts], list[pictures.Unusable]]:
+    """(facts of every picture below `folder`, all that is skipped so far), after naming both kinds on stderr.
 
     Raises:
-      InputError: no readable picture; the data set is already there.
+      InputError: a picture is refused; it is the first one, and they are counted.
     """
-    import tensorflow_datasets as tfds
+    import tqdm
 
-    records = picture_records(folder, size)
+    files, skipped = pictures.files_below(folder)
+    facts: dict[Path, pictures.Facts] = {}
+    refused: list[pictures.Unusable] = []
+    for path in tqdm.tqdm(files, "checking pictures", disable=None):
+        try:
+            facts[path] = pictures.facts_of(path, rendering)
+        except pictures.Unusable as error:
+            (refused if isinstance(error, pictures.Refused) else skipped).append(error)
+    refused += pictures.without_depth(facts)
+    if refused:
+        raise InputError(f"{refused[0]}" + (f" ({len(refused)} pictures are refused)" if len(refused) > 1 else ""))
+    for left_out in skipped:
+        _say(f"skipped: {left_out}")
+    for path, found in facts.items():
+        for line in pictures.notes(path, found):
+            _say(f"note: {line}")
+    return facts, skipped
+
+
+def prepare_images(folder: Path, data_dir: str, rendering: pictures.Rendering) -> str:
+    """Writes the pictures of `folder` as the data set images 1.0.0 in `data_dir`; returns its folder and the counts.
+
+    Raises:
+      InputError: as `survey`; no readable picture; the data set is already there.
+    """
+    _check_free("images", "1.0.0", Path(data_dir).expanduser())
+    facts, skipped = survey(folder, rendering)
+    records = picture_records(list(facts), folder, rendering, skipped)
     first = next(records, None)
     if first is None:
-        raise InputError(f"there is no readable picture in {folder}")
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(size, size, 3), encoding_format="png")})
-    return _write("images", "1.0.0", features, {"train": itertools.chain([first], records)}, data_dir)
+        raise InputError(f"there is no readable picture in {folder}; {_skipped_counts(skipped)}")
+    import tensorflow_datasets as tfds
+
+    shape = (rendering.size, rendering.size, 3)
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape, encoding_format="png")})
+    written = _write("images", "1.0.0", features, {"train": itertools.chain([first], records)}, data_dir)
+    paths = {error.path for error in skipped}
+    recorded = {path.relative_to(folder): found for path, found in facts.items() if path not in paths}
+    return "\n".join([written, _picture_counts(recorded), _skipped_counts(skipped)])
+
+
+def _picture_counts(facts: dict[Path, pictures.Facts]) -> str:
+    """A line: how many pictures were recorded, and how many of them otherwise than they are, each with an example."""
+    kinds = {
+        "smaller than --size and enlarged": lambda found: found.enlarged,
+        "with transparency, laid over --background": lambda found: found.transparent,
+        "the first of several frames": lambda found: found.frames > 1,
+        "with values outside --levels": lambda found: found.clipped,
+        "of more than 8 bits and dark": lambda found: found.peak < pictures.PLAUSIBLE_PEAK,
+    }
+    line = f"recorded {len(facts)}"
+    for kind, applies in kinds.items():
+        if paths := [path for path, found in facts.items() if applies(found)]:
+            line += f", {len(paths)} {kind} (such as {pictures.printable(paths[0])})"
+    return line
+
+
+def _skipped_counts(skipped: list[pictures.Unusable]) -> str:
+    """A line: how many files were skipped, by kind, and what would make pictures of them."""
+    kinds = collections.Counter(error.kind for error in skipped)
+    line = f"skipped {len(skipped)}" + "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))
+    convert = "; save pictures in HEIC, JPEG XL, OpenEXR or a camera's raw format as PNG to have them recorded"
+    return line + (convert if pictures.UNKNOWN in kinds else "")
+
+
+def _say(line: str) -> None:
+    """Writes a line to stderr, clear of progress bars."""
+    import tqdm
+
+    tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def _check_free(name, version, data_dir) -> None:
+    """Raises InputError if the data set is already there."""
+    if (data_dir / name / version).exists():
+        raise InputError(f"{data_dir / name / version} exists; remove it to prepare the data set again")
 
 
 def _write(name, version, features, splits, data_dir) -> str:
@@ -146,12 +207,36 @@ def _write(name, version, features, splits, data_dir) -> str:
     import tensorflow_datasets as tfds
 
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    if (data_dir / name / version).exists():
-        raise InputError(f"{data_dir / name / version} exists; remove it to prepare the data set again")
+    _check_free(name, version, data_dir)
     builder = tfds.dataset_builders.store_as_tfds_dataset(
         name=name, version=version, features=features, split_datasets=splits, data_dir=data_dir
     )
     return str(builder.data_dir)
+
+
+def chosen_rendering(options: argparse.Namespace) -> pictures.Rendering:
+    """How the options say that pictures become arrays.
+
+    Raises:
+      InputError: no size, colour or scale.
+    """
+    if options.size < 1:
+        raise InputError(f"--size {options.size}: use at least 1")
+    try:
+        red, green, blue, alpha = (*PIL.ImageColor.getrgb(options.background), 255)[:4]
+    except ValueError:
+        alpha = 0
+    if alpha != 255:
+        raise InputError(f"--background {options.background}: use an opaque colour, by its name or as #rrggbb")
+    if options.levels is None:
+        return pictures.Rendering(options.size, (red, green, blue))
+    try:
+        low, high = map(float, options.levels.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (low < high and math.isfinite(high - low)):
+        raise InputError(f"--levels {options.levels}: use two numbers, of which the first is lower, such as 0,4095")
+    return pictures.Rendering(options.size, (red, green, blue), (low, high))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
         job.add_argument("--from", dest="folder", required=True, type=Path, help="folder to read")
         job.add_argument("--to", dest="data_dir", required=job is images, help="TFDS folder to write in")
     images.add_argument("--size", type=int, required=True, help="side of the stored images, in pixels")
+    images.add_argument("--background", default="white", help="colour behind transparent pictures: a name or #rrggbb")
+    images.add_argument("--levels", metavar="LOW,HIGH", help="values that are black and white in greys beyond 8 bits")
     options = parser.parse_args(arguments)
     runtime.set_environment()
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns that what it is about to write is not there yet
@@ -170,9 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.folder.is_dir():
             raise InputError(f"{options.folder} is not a folder")
         if options.job == "images":
-            if options.size < 1:
-                raise InputError(f"--size {options.size}: use at least 1")
-            written = prepare_images(options.folder, options.data_dir, options.size)
+            written = prepare_images(options.folder, options.data_dir, chosen_rendering(options))
         else:
             written = prepare_fashion_mnist(options.folder, options.data_dir)
     except (InputError, OSError) as error:

@@ -22,7 +22,6 @@ config=configs/rf/digits_rf_continuous.py
 run=(.venv/bin/python main.py --config="$config" --workdir="$workdir")
 best=(.venv/bin/python main.py --config="$config:best" --workdir="$workdir/best")
 reflow=(--config.model.rf_phase=2 --config.training.reflow_t=2)
-fixed_ema=(--config.model.variable_ema_rate=False)
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -33,12 +32,10 @@ evaluate() { # evaluate FOLDER SAMPLERS STEP OVERRIDE...: the last checkpoint of
 }
 
 train() { # train FROM JOB...: 2-SeqRF on the pairs and its distillation; FROM: the 1-RF, none: the workdir's
-  "${@:2}" "${reflow[@]}" --mode=train --config.training.reflow_mode=train_reflow --config.training.n_iters=750 \
-    --config.optim.lr=2e-3 --config.training.snapshot_freq=750 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
-    --config.training.import_flax="$1"
+  "${@:2}" "${reflow[@]}" --mode=train --config.training.reflow_mode=train_reflow --config.optim.lr=2e-3 \
+    --config.training.snapshot_freq=750 --config.training.import_flax="$1"
   "${@:2}" "${reflow[@]}" --mode=train --config.training.reflow_mode=train_distill --config.training.n_iters=300 \
-    --config.optim.lr=1e-3 --config.training.snapshot_freq=300 --config.model.ema_rate=0.995 "${fixed_ema[@]}" \
-    --config.sampling.method=pc --config.model.num_scales=2
+    --config.optim.lr=1e-3 --config.training.snapshot_freq=300 --config.sampling.method=pc --config.model.num_scales=2
 }
 
 say "1/4 train 1-RF"

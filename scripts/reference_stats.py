@@ -28,11 +28,11 @@ def make(config: Any, split: str, to: str | None) -> dict[str, Any]:
       OSError: `to` cannot be written.
     """
     import datasets
-    from jobs.builders import real_data_options
+    from jobs.builders import data_options, reference_options
     from metrics import reference
 
-    options = real_data_options(config)
-    network, source = reference.feature_network(config.data, options), datasets.image_source(config.data, split)
+    data, options = data_options(config), reference_options(config)
+    network, source = reference.feature_network(data, options), datasets.image_source(data, split)
     real = reference.of_images(network, source, config.eval.batch_size, split=split, max_real=options.max_real)
     if to:
         reference.write_file(to, real)
@@ -45,17 +45,19 @@ def floor_lines(config: Any) -> list[str]:
     Raises:
       InputError: no such data set or feature network, or neither test images nor features of training images.
     """
-    from jobs.builders import real_data_of
-    from metrics import reference
+    from jobs.builders import data_options, reference_options
+    from metrics.floor import floor
+    from metrics.reference import real_data
     from utils import InputError
 
-    real = real_data_of(config)
-    floor = reference.floor(real, config.data, config.eval.batch_size, config.eval.num_samples)
-    if floor is None:
+    data, batch_size = data_options(config), config.eval.batch_size
+    real = real_data(data, reference_options(config), batch_size)
+    found = floor(real, data, batch_size, config.eval.num_samples)
+    if found is None:
         raise InputError("neither test images nor features of training images are at hand")
-    against = f"{floor.reference_samples} training images, {real.network.name}"
-    title = f"{floor.samples} images ({floor.images}) against {against}:"
-    return [title, *(f"  {name}: {distance:.4g}" for name, distance in floor.distances.items())]
+    against = f"{found.reference_samples} training images, {real.network.name}"
+    title = f"{found.samples} images ({found.images}) against {against}:"
+    return [title, *(f"  {name}: {distance:.4g}" for name, distance in found.distances.items())]
 
 
 def main(argv: list[str]) -> None:

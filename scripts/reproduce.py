@@ -52,7 +52,9 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
 
     entry = utils.read_json(options.metrics, {})
     if not _is_recorded(entry):
-        raise utils.InputError(f"{options.metrics} has no whole entry 'provenance': of no evaluation, or an old one")
+        raise utils.InputError(
+            f"{options.metrics} has no complete 'provenance' record: not an evaluation, or written by an older version"
+        )
     folder = (options.to or Path(tempfile.mkdtemp(prefix="seqrf-reproduce-"))).absolute()
     if any(folder.glob("step_*")):  # which would not be measured again
         raise utils.InputError(f"{folder} holds results already; give --to a new folder")
@@ -123,7 +125,7 @@ def report(before: dict[str, Any], again: dict[str, Any], folder: Path) -> int:
     for name, (first, second) in changed.items():
         print(f"  {name}: then {_short(first)}, now {_short(second)}")
     if differing and not changed:
-        print("  code, libraries, machine and settings are as they were: this should not be")
+        print("  no recorded difference explains this: the computation is nondeterministic, please report it")
     return int(bool(differing))
 
 

@@ -15,7 +15,8 @@ import ml_collections
 import run_lib
 import segments
 import utils
-from checkpointing import runs
+from checkpointing.checkpoint import checkpoint_at
+from checkpointing.metadata import distill_folder
 from models.weights import fingerprint
 from sampler import FINE_NOISES
 from study.cells import CALLS_PER_EXAMPLE, Bench, Recipe
@@ -82,7 +83,7 @@ class Models:
     def teacher(self) -> tuple[Path, str]:
         """The teacher's path and fingerprint."""
         path = Path(self.bench.teacher)
-        return path, fingerprint(runs.restore(path)[0].ema_params)
+        return path, fingerprint(checkpoint_at(path).load().ema_params)
 
     def model(self, recipe: Recipe, seed: int) -> Model:
         """The model of a recipe, trained as far as it is not yet.
@@ -172,7 +173,7 @@ class Models:
         calls_per_update = self.bench.batch_size * recipe.calls_per_distilled_example
         updates = int((self.bench.calls - calls) / calls_per_update)
         options = self._training(recipe, "train_distill", updates, start.checkpoint)
-        stage = "2_distill" + (f"_{recipe.m}" if recipe.m > 1 else "")
+        stage = distill_folder(recipe.m)
         seconds += self._train(folder / stage, seed, updates, options, stage)
         calls += int(updates * calls_per_update)
         return Model(folder / stage / "checkpoints" / str(updates), recipe, start.updates + updates, calls, seconds)

@@ -27,11 +27,12 @@ from jaxtyping import Float
 
 import evaluation
 import runtime
-from checkpointing import runs
-from jobs.builders import real_data_of, sampler_of
-from metrics.reference import RealData, feature_distances
+from checkpointing.checkpoint import checkpoint_at
+from jobs.builders import data_options, reference_options, sampler_options
+from metrics.reference import RealData, feature_distances, real_data
 from models import create_model
-from sampler import Sampler, solve_options
+from sampler import Sampler
+from sampler import sampler_options as steps_of
 from study.cells import BENCHES, EXACT_TOL, Bench, Cell, all_cells
 from study.models import Model, Models
 from study.rows import RESULTS, Row, append_row, metrics_of, read_rows
@@ -54,7 +55,8 @@ class Study:
     @functools.cached_property
     def real(self) -> RealData:
         """The feature network and what is known of the training images' features."""
-        return real_data_of(self.models.config(0, {}))
+        config = self.models.config(0, {})
+        return real_data(data_options(config), reference_options(config), config.eval.batch_size)
 
     def metrics(self, cell: Cell, model: Model) -> dict[str, float]:
         """What is measured of a cell, by the names that study/rows.py explains.
@@ -79,13 +81,16 @@ class Study:
 
     def _loaded(self, checkpoint: Path, seed: int) -> tuple[Sampler, Any]:
         """(the sampler that solves a checkpoint's flow at EXACT_TOL, with noises of `seed`; its EMA weights)."""
-        weights, metadata = runs.restore(checkpoint)
-        return dataclasses.replace(self._sampler(tuple(metadata["boundaries"])), seed=seed), weights.ema_params
+        found = checkpoint_at(checkpoint)
+        sampler = self._sampler(tuple(found.metadata["boundaries"]))
+        return dataclasses.replace(sampler, seed=seed), found.load().ema_params
 
     def _exact_sampler(self, boundaries: tuple[float, ...]) -> Sampler:
         options = {"training.reflow_t": len(boundaries) - 1, "sampling.method": "ode", "sampling.tol": EXACT_TOL}
         config = self.models.config(0, options)
-        return sampler_of(config, create_model(config), boundaries)
+        network = create_model(config)
+        times = np.asarray(boundaries, np.float32)
+        return Sampler(network, times, network.image_shape, sampler_options(config), config.seed)
 
     def _samples_of_teacher(self, seed: int) -> list[Float[np.ndarray, "_ h w c"]]:
         """The teacher's samples of the noises that are compared, in batches."""
@@ -129,7 +134,7 @@ class Study:
 def _with_steps(exact: Sampler, cell: Cell, params: Any) -> Sampler:
     """The sampler of `cell.nfe` network calls with the weights `params`."""
     steps, predictor = (cell.nfe // 2, "rf_solver_heun") if cell.sampler == "heun" else (cell.nfe, "rf_solver")
-    options = solve_options(len(exact.boundaries) - 1, num_scales=steps, predictor=predictor)
+    options = steps_of(len(exact.boundaries) - 1, num_scales=steps, predictor=predictor)
     time_grid = "adaptive" if cell.sampler == "adaptive" else "uniform"
     return dataclasses.replace(exact, options=options).with_time_grid(params, time_grid)
 

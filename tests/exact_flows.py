@@ -7,6 +7,7 @@ import numpy as np
 import sampling
 import segments
 from sampler import Sampler
+from sampling import SamplerOptions
 
 SHAPE = (2, 2, 1)
 UNEVEN = np.float32([1.0, 0.9, 1 / 3, 0.0])
@@ -50,11 +51,11 @@ def velocity_fn(model, params):
 
 def sampler_of(model, options, boundaries=(1.0, 0.0), seed=3):
     """A sampler of images of SHAPE."""
-    return Sampler(model=model, boundaries=np.float32(boundaries), image_shape=SHAPE, options=options, seed=seed)
+    return Sampler(model, np.float32(boundaries), SHAPE, SamplerOptions(**options), seed)
 
 
 def direct(sampler, params, **options):
     """`sampling.solve` itself, on one device: (indices of the noises) -> samples."""
-    velocity, options = velocity_fn(sampler.model, params), sampler.options | options
+    velocity, options = velocity_fn(sampler.model, params), sampler.options.record() | options
     program = jax.jit(lambda z: sampling.solve(velocity, z, sampler.boundaries, **options))
     return lambda indices: program(sampler.noise(np.asarray(indices)))

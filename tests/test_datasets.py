@@ -1,9 +1,9 @@
 """Images in: order, sharing, resumption, ranges, crops and the errors that users see."""
 
+import dataclasses
 import itertools
 import time
 
-import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,20 +17,8 @@ ONE_DEVICE = Host(index=0, count=1, local_devices=1)
 
 
 def config(dataset="digits", image_size=8, num_channels=1, **changes):
-    data = ml_collections.ConfigDict(
-        {
-            "dataset": dataset,
-            "category": "",
-            "data_dir": "none",
-            "image_size": image_size,
-            "num_channels": num_channels,
-            "centered": False,
-            "random_flip": False,
-            "uniform_dequantization": False,
-        }
-    )
-    data.update(**changes)
-    return data
+    options = {"dataset": dataset, "image_size": image_size, "num_channels": num_channels, "centered": False}
+    return datasets.DataOptions(**(options | changes))
 
 
 def scaled(images, centered):
@@ -129,8 +117,7 @@ def test_every_pass_has_every_image_once_in_an_order_of_its_own(cifar10):
 @pytest.mark.parametrize("dataset", ["digits", "CIFAR10"])
 def test_resuming_gives_the_same_batches(cifar10, dataset):
     data = config() if dataset == "digits" else cifar10[0]
-    data = ml_collections.ConfigDict(data).copy_and_resolve_references()
-    data.update(random_flip=True, uniform_dequantization=True)
+    data = dataclasses.replace(data, random_flip=True, uniform_dequantization=True)
     batch_size = 300 if dataset == "digits" else 5
     whole = updates(data, 6, batch_size=batch_size, n_jitted_steps=2)
     for done in (1, 3, 5):
@@ -139,8 +126,7 @@ def test_resuming_gives_the_same_batches(cifar10, dataset):
 
 
 def test_the_stream_is_the_same_however_it_is_shared(cifar10):
-    data = cifar10[0].copy_and_resolve_references()
-    data.update(random_flip=True, uniform_dequantization=True)
+    data = dataclasses.replace(cifar10[0], random_flip=True, uniform_dequantization=True)
     whole = np.concatenate([batch[0] for batch in updates(data, 4, batch_size=8)])
     hosts = [
         np.concatenate(updates(data, 2, batch_size=8, n_jitted_steps=2, host=Host(index, 2, 2)), axis=1)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from etils import epath
@@ -33,8 +32,11 @@ import evaluation
 import models
 import sampler
 from metrics import distances, feature_networks, reference
+from metrics.floor import floor
 from metrics.straightness import straightness
 from utils import InputError
+
+DATA = datasets.DataOptions("digits", 8, 1)
 
 
 def random_features(n, d, seed):
@@ -126,7 +128,7 @@ def test_the_floor_is_the_distance_of_test_images_in_the_same_features_and_kept(
     network = feature_networks.FeatureNetwork("raw", "1", raw_pixels)
     real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
     for count in (30, 12):
-        found = reference.floor(real, ml_collections.ConfigDict(), 8, count, tmp_path)
+        found = floor(real, DATA, 8, count, tmp_path)
         assert (found.images, found.samples, found.reference_samples) == ("test", count, 40)
         expected = reference.feature_distances(real, raw_pixels(splits["test"][:count])[0])
         assert found.distances == expected
@@ -136,21 +138,21 @@ def test_the_floor_is_the_distance_of_test_images_in_the_same_features_and_kept(
         }
     monkeypatch.setattr(reference, "feature_distances", None)  # not computed again, by another process either
     again = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
-    assert reference.floor(again, ml_collections.ConfigDict(), 8, 12, tmp_path) == found
+    assert floor(again, DATA, 8, 12, tmp_path) == found
 
 
 def test_without_test_images_the_floor_is_of_two_halves(tmp_path, monkeypatch):
     splits = splits_of(monkeypatch, train=41)
     network = feature_networks.FeatureNetwork("raw", "1", raw_pixels)
     real = reference.of_images(network, datasets.image_source(None), 8, cache_dir=tmp_path)
-    found = reference.floor(real, ml_collections.ConfigDict(), 8, None, tmp_path)
+    found = floor(real, DATA, 8, None, tmp_path)
     assert (found.images, found.samples, found.reference_samples) == ("halves", 20, 21)
     order = np.random.default_rng(0).permutation(41)
     first, second = (raw_pixels(splits["train"][rows])[0] for rows in (order[:21], order[21:]))
     assert found.distances["fid_raw"] == pytest.approx(evaluation.frechet_distance(first, second), rel=1e-9)
     assert found.distances["kid_raw"] == pytest.approx(evaluation.kernel_distance(first, second), rel=1e-9)
     moments_alone = dataclasses.replace(real, features=None)
-    assert reference.floor(moments_alone, ml_collections.ConfigDict(), 8, None, tmp_path) is None
+    assert floor(moments_alone, DATA, 8, None, tmp_path) is None
 
 
 def test_an_evaluation_finds_the_nearest_training_images_and_draws_them(tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ import pytest
 import safetensors
 import yaml
 from safetensors.numpy import load_file, save_file
-from tiny_run import network_config, random_weights
+from tiny_run import load_weights, network_config, random_weights
 
 import models
 import sampler
 import sampling
-from checkpointing import exported, runs
+from checkpointing import exported
+from checkpointing.checkpoint import checkpoint_at
+from checkpointing.metadata import make_metadata
 from models.weights import fingerprint
 from scripts import export
 from utils import InputError
@@ -31,7 +33,7 @@ def weights():
 
 
 def metadata(stage="2_rf", boundaries=(1, 0.7, 0)):
-    return runs.make_metadata(CONFIG, stage, boundaries, source="/home/me/1_rf", teacher="0f")
+    return make_metadata(models.create_model(CONFIG), stage, boundaries, source="/home/me/1_rf", teacher="0f")
 
 
 @pytest.fixture
@@ -46,20 +48,20 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_the_ema_alone_is_loaded_as_raw_weights_with_zero_moments(folder, weights, name):
-    loaded = runs.load_weights(folder / name, CONFIG)
+    loaded = load_weights(folder / name, CONFIG)
     same(loaded.params, weights.ema_params)
     same(loaded.ema_params, weights.ema_params)
     same((loaded.mu, loaded.nu), jax.tree.map(np.zeros_like, (weights.params, weights.params)))
     assert (loaded.step, loaded.count) == (30, 0)
     with safetensors.safe_open(folder / "model.safetensors", "np") as file:
         assert all(key.startswith("ema_params/") for key in file.keys())  # noqa: SIM118  it is no dict
-    noted = runs.read_metadata(folder / name)
+    noted = checkpoint_at(folder / name).metadata
     assert (noted["stage"], noted["k"], noted["boundaries"], noted["teacher"]) == ("2_rf", 2, [1.0, 0.7, 0.0], "0f")
 
 
 def test_a_full_folder_has_all_trees(tmp_path, weights):
     exported.write_folder(tmp_path, weights, metadata(), full=True)
-    loaded = runs.load_weights(tmp_path, CONFIG)
+    loaded = load_weights(tmp_path, CONFIG)
     same((loaded.params, loaded.mu, loaded.nu), (weights.params, weights.mu, weights.nu))
     assert loaded.count == 7
 
@@ -145,7 +147,7 @@ def test_links_as_a_hubs_cache_makes_them_are_followed(folder, tmp_path, weights
     (tmp_path / "snapshot").mkdir()
     for file in folder.iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
-    same(runs.load_weights(tmp_path / "snapshot", CONFIG).params, weights.ema_params)
+    same(load_weights(tmp_path / "snapshot", CONFIG).params, weights.ema_params)
 
 
 def test_a_loaded_model_samples_the_noises_of_its_seed_and_counts_calls(folder, weights):

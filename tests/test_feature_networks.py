@@ -3,7 +3,6 @@
 import os
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from etils import epath
@@ -16,7 +15,7 @@ from metrics import feature_networks, reference
 
 # ---- classifiers of labelled sets
 
-DIGITS = ml_collections.ConfigDict({"dataset": "digits", "image_size": 8, "num_channels": 1})
+DIGITS = datasets.DataOptions("digits", 8, 1)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_any_labelled_grey_set_has_a_classifier_of_its_test_accuracy(tmp_path, m
         return datasets.ArraySource("zoomed", images[split[name]], labels[split[name]])
 
     monkeypatch.setattr(datasets, "image_source", source)
-    zoomed = ml_collections.ConfigDict({"dataset": "ZOOMED", "image_size": 16, "num_channels": 1})
+    zoomed = datasets.DataOptions("ZOOMED", 16, 1)
     with caplog.at_level("INFO", "seqrf"):
         network = reference.feature_network(zoomed, reference.Options(), tmp_path)
     assert network.name == "zoomed_16_classifier"
@@ -178,9 +177,7 @@ def test_networks_on_devices_take_any_number_of_images_and_leave_them_there():
 
 def test_pixels_are_the_means_of_fields_on_every_device():
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    network = reference.feature_network(
-        ml_collections.ConfigDict({"num_channels": 3}), reference.Options(network="pixels")
-    )
+    network = reference.feature_network(datasets.DataOptions("IMAGES", 32, 3), reference.Options(network="pixels"))
     found, logits = network.features_and_logits(images)
     means = np.asarray(images, np.float64).reshape(5, 8, 4, 8, 4, 3).mean(axis=(2, 4)) / 255
     assert found.shape == (5, 192)

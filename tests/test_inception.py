@@ -6,12 +6,12 @@ import socket
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
 from tfgan_compat import tensorflow_gan
 
+import datasets
 from metrics import inception, reference
 from utils import InputError
 
@@ -39,7 +39,7 @@ def tiny_inception(tmp_path_factory):
     return str(folder)
 
 
-PHOTOGRAPHS = ml_collections.ConfigDict({"dataset": "CIFAR10", "num_channels": 3})
+PHOTOGRAPHS = datasets.DataOptions("CIFAR10", 32, 3)
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
@@ -181,7 +181,7 @@ def test_both_backends_compute_the_same_features(small_inception, monkeypatch):
 
 def test_the_jax_program_has_whole_precision_and_belongs_to_no_platform(small_inception, caplog):
     model = inception._load(inception.epath.Path(small_inception))
-    text = inception.exported(model, 2).mlir_module()
+    text = inception.portable_program(model, 2).mlir_module()
     products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot)", line)]
     assert len(products) == 4
     assert all(line.count("HIGHEST") == 2 for line in products), products

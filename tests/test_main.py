@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-
-from checkpointing import runs
+from tiny_run import export_file, restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/rf/digits_rf_continuous.py"
@@ -81,7 +80,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
     config = tiny_run.network_config()
-    runs.export_file(tmp_path / "tiny.safetensors", tiny_run.random_weights(config), config)
+    export_file(tmp_path / "tiny.safetensors", tiny_run.random_weights(config), config)
     sizes = ["--config.eval.num_samples=16", "--config.eval.batch_size=16", "--config.eval.straightness_samples=4"]
     given = [f"--config.training.import_flax={tmp_path / 'tiny.safetensors'}"]
     kept = []
@@ -109,8 +108,8 @@ def test_two_hosts_train_what_one_host_with_two_devices_trains(trained, tmp_path
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
 
-    one, _ = runs.restore(trained / "1_rf")
-    two, _ = runs.restore(tmp_path / "1_rf")
+    one, _ = restore(trained / "1_rf")
+    two, _ = restore(tmp_path / "1_rf")
     assert one.step == two.step == 6
     assert (tmp_path / "1_rf" / "samples" / "step_6.png").exists()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.params, two.params)

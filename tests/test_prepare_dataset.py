@@ -1,27 +1,29 @@
 """scripts/prepare_dataset.py: Fashion-MNIST from IDX files, pictures from a folder, and what is wrong with either."""
 
 import gzip
+import os
 import pathlib
 import struct
+import subprocess
+import zlib
 
-import ml_collections
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import mnist
 
 import datasets
-from scripts import prepare_dataset
+from scripts import pictures, prepare_dataset
+from utils import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def data(dataset, folder, size, channels):
     """`config.data` of a prepared data set."""
-    return ml_collections.ConfigDict(
-        {"dataset": dataset, "category": "", "data_dir": str(folder), "image_size": size, "num_channels": channels}
-    )
+    return datasets.DataOptions(dataset, size, channels, data_dir=str(folder))
 
 
 def idx(array, kind=0x08):
@@ -157,8 +159,8 @@ def test_pictures_of_a_folder_become_squares_and_broken_ones_are_named(tmp_path,
     (folder / "notes.txt").write_text("not a picture")
     status, lines = run(capsys, "images", "--from", folder, "--to", tmp_path / "tfds", "--size", 20)
     assert status == 0
-    assert lines.count("skipped: ") == 2
-    assert all(f"skipped: {folder / name}: " in lines for name in ("broken.jpg", "cut.png"))
+    assert lines.count("skipped: ") == 3
+    assert all(f"skipped: {folder / name}: " in lines for name in ("broken.jpg", "cut.png", "notes.txt"))
     source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 20, 3))
     assert (source.name, source.size, source.image_shape) == ("images/1.0.0", 3, (20, 20, 3))
     squares = [wide[:, 10:50].astype(float), tall[20:70].astype(float), picture(20, 20)[..., [0, 0, 0]].astype(float)]
@@ -196,3 +198,451 @@ def test_a_folder_without_pictures_is_refused(tmp_path, capsys, size, content, e
     assert status == 2
     assert expected in lines.splitlines()[-1]
     assert not (tmp_path / "tfds").exists()
+
+
+RAMP = np.linspace(0, 1, 32)[None].repeat(32, 0)
+RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
+
+
+def tiff(values, bits, order="<", photometric=1, content=None, **tags):
+    """An uncompressed grey TIFF, as the format's description has it; tags by number, such as t339=2."""
+    height, width = values.shape
+    content = values.tobytes() if content is None else content
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    entries |= {279: len(content)} | {int(name[1:]): value for name, value in tags.items()}
+    directory = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(content))
+    return head + content + struct.pack(f"{order}H", len(entries)) + directory + bytes(4)
+
+
+def png(width, height, depth, colour, rows, key=b""):
+    """A PNG of these rows; key: the transparent colour."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), *([(b"tRNS", key)] if key else []), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
+
+
+def saved(path, array, **options):
+    """The file, after the array is saved in it as a picture."""
+    PIL.Image.fromarray(array).save(path, **options)
+    return path
+
+
+def written(path, content):
+    """The file, after it got this content."""
+    path.write_bytes(content)
+    return path
+
+
+def stored(path, size=32, background=(255, 255, 255), levels=None):
+    """What is stored of a picture, which is checked first as all are."""
+    rendering = pictures.Rendering(size, background, levels)
+    pictures.facts_of(path, rendering)
+    return pictures.square_picture(path, rendering)
+
+
+def survey(folder, size=32, levels=None):
+    """(facts, skipped) by name below `folder`."""
+    facts, skipped = prepare_dataset.survey(folder, pictures.Rendering(size, levels=levels))
+    named = {str(error.path.relative_to(folder)): error.kind for error in skipped}
+    return {str(path.relative_to(folder)): found for path, found in facts.items()}, named
+
+
+def refused(capsys, folder, *options):
+    """The one line with which a folder is refused."""
+    to = folder.parent / "tfds"
+    status, line = run(capsys, "images", "--from", folder, "--to", to, "--size", 32, *options)
+    assert (status, line.count("\n"), to.exists()) == (2, 1, False), line
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    "name", ["rgb.png", "photo.jpg", "grey.png", "palette.gif", "bits.png", "inks.jpg", "cut.webp"]
+)
+def test_pictures_of_eight_bits_are_stored_as_pillow_converts_them(tmp_path, name):
+    modes = {"grey.png": "L", "palette.gif": "P", "bits.png": "1", "inks.jpg": "CMYK"}
+    made = PIL.Image.fromarray(picture(50, 40)).convert(modes.get(name, "RGB"))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    made.save(tmp_path / name, **({"exif": exif} if name.endswith("jpg") else {}))
+    with PIL.Image.open(tmp_path / name) as opened:
+        upright = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    expected = PIL.ImageOps.fit(upright, (32, 32), PIL.Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(stored(tmp_path / name), np.asarray(expected))
+
+
+def test_one_bit_and_inks_have_their_colours(tmp_path):
+    bits = stored(saved(tmp_path / "bits.png", RAMP > 0.5))
+    np.testing.assert_array_equal(bits, np.where(RAMP > 0.5, 255, 0)[..., None].repeat(3, 2))
+    inks = PIL.Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    inks.save(tmp_path / "inks.tif")
+    assert (stored(tmp_path / "inks.tif") == RED).all()
+
+
+SIXTEEN = np.rint(65535 * RAMP).astype(np.uint16)
+TWELVE = np.rint(4095 * RAMP).astype(np.uint16)
+DARK_COLOURS = [row.tobytes() for row in TWELVE.repeat(3, 1).astype(">u2")]
+FLOATS = RAMP.astype(np.float32)
+# Two values in three bytes.
+PACKED = np.stack([TWELVE[:, ::2] >> 4, (TWELVE[:, ::2] & 15) << 4 | TWELVE[:, 1::2] >> 8, TWELVE[:, 1::2] & 255], -1)
+WRITTEN_DEPTHS = {
+    "16.png": png(32, 32, 16, 0, [row.tobytes() for row in SIXTEEN.astype(">u2")]),
+    "16.tif": tiff(SIXTEEN, 16),
+    "16_big_endian.tif": tiff(SIXTEEN.astype(">u2"), 16, ">"),
+    "16.pgm": b"P5 32 32 65535\n" + SIXTEEN.astype(">u2").tobytes(),
+    "12.tif": tiff(TWELVE, 12, content=PACKED.astype(np.uint8).tobytes()),
+    "12.pgm": b"P5 32 32 4095\n" + TWELVE.astype(">u2").tobytes(),
+    "12_plain.pgm": b"P2 32 32 4095\n" + b" ".join(b"%d" % value for value in TWELVE.ravel()),
+    "float.tif": tiff(FLOATS, 32, t339=3),
+    "float.pfm": b"Pf 32 32 -1\n" + FLOATS.tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_DEPTHS)
+def test_greys_are_scaled_by_the_depth_that_is_written(tmp_path, name):
+    shares = SIXTEEN / 65535 if "16" in name else TWELVE / 4095 if "12" in name else FLOATS.astype(float)
+    if name in ("12.pgm", "12_plain.pgm"):
+        shares = np.rint(65535 * shares) / 65535  # as Pillow reads it
+    found = stored(written(tmp_path / name, WRITTEN_DEPTHS[name]))
+    np.testing.assert_array_equal(found, np.rint(255 * shares)[..., None].repeat(3, 2))
+
+
+def test_a_grey_of_16_bits_is_turned_as_exif_says(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    found = stored(saved(tmp_path / "a.png", SIXTEEN, exif=exif))
+    np.testing.assert_array_equal(found[..., 0], np.rot90(np.rint(SIXTEEN / 257), -1))
+
+
+def test_sixteen_bit_colours_keep_their_upper_bits(tmp_path):
+    values = np.stack([SIXTEEN, SIXTEEN[::-1, ::-1], SIXTEEN.T], -1)
+    found = stored(written(tmp_path / "a.png", png(32, 32, 16, 2, [row.tobytes() for row in values.astype(">u2")])))
+    np.testing.assert_array_equal(found, values >> 8)
+
+
+WITHOUT_DEPTH = {
+    "12 bits in 16, PNG": ("a.png", png(32, 32, 16, 0, [row.tobytes() for row in TWELVE.astype(">u2")]), "6.25%"),
+    "14 bits in 16, TIFF": ("a.tif", tiff(4 * TWELVE, 16), "24.99%"),
+    "12 bits in 16, PGM": ("a.pgm", b"P5 32 32 65535\n" + TWELVE.astype(">u2").tobytes(), "6.25%"),
+    "32 bits": ("a.tif", tiff(np.int32(1000 * RAMP), 32, t339=2), "whole numbers of which no depth is written"),
+    "floats up to 255": ("a.tif", tiff(255 * FLOATS, 32, t339=3), "floats from 0 to 255"),
+    "negative floats": ("a.tif", tiff(-FLOATS, 32, t339=3), "floats from -1 to -0"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DEPTH)
+def test_greys_without_a_written_depth_are_refused_unless_levels_are_given(tmp_path, capsys, name):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    file, content, expected = WITHOUT_DEPTH[name]
+    saved(folder / "good.png", picture(32, 32))
+    path = written(folder / file, content)
+    line = refused(capsys, folder)
+    assert line.startswith(f"{path}: ")
+    assert expected in line
+    assert "--levels=" in line
+    assert set(survey(folder, levels=(0, 4095))[0]) == {"good.png", file}
+
+
+def test_refused_pictures_are_counted(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    saved(folder / "b.png", TWELVE)
+    saved(folder / "c.tif", np.int32(1000 * RAMP))
+    line = refused(capsys, folder)
+    assert f"{folder / 'c.tif'}: " in line
+    assert line.endswith("(2 pictures are refused)\n")
+
+
+@pytest.mark.parametrize("levels", [(0, 1000), (-500, 1500), (250, 750)])
+def test_levels_are_one_scale_for_all_greys_without_depth(tmp_path, levels):
+    low, high = levels
+    values = np.rint(1000 * RAMP)
+    made = {"a.tif": np.int32, "b.tif": np.float32, "c.png": np.uint16}
+    for name, kind in made.items():
+        saved(tmp_path / name, values.astype(kind))
+        saved(tmp_path / f"half_{name}", (values // 2).astype(kind))
+    for name in made:
+        for path, scaled in ((tmp_path / name, values), (tmp_path / f"half_{name}", values // 2)):
+            expected = np.rint(255 * np.clip((scaled - low) / (high - low), 0, 1))
+            np.testing.assert_array_equal(stored(path, levels=levels)[..., 1], expected)
+    facts, _ = survey(tmp_path, levels=levels)
+    assert {name for name, found in facts.items() if found.clipped} == (set(facts) if low > 0 else set())
+
+
+def test_levels_change_nothing_where_a_depth_is_written(tmp_path):
+    for name in ("12.tif", "12.pgm"):
+        path = written(tmp_path / name, WRITTEN_DEPTHS[name])
+        np.testing.assert_array_equal(stored(path, levels=(0, 1000)), stored(path))
+    path = saved(tmp_path / "a.png", picture(32, 32))
+    np.testing.assert_array_equal(stored(path, levels=(0, 1000)), picture(32, 32))
+
+
+def test_a_dark_picture_among_brighter_ones_is_named(tmp_path, capsys):
+    saved(tmp_path / "bright.png", SIXTEEN)
+    saved(tmp_path / "dark.png", TWELVE)
+    facts, _ = survey(tmp_path)
+    assert set(facts) == {"bright.png", "dark.png"}
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path / 'dark.png'}: dark if its 16 bits are all in use: nothing in it exceeds 6.25% of the range\n"
+    )
+    np.testing.assert_array_equal(stored(tmp_path / "dark.png")[..., 0], np.rint(TWELVE / 257))
+
+
+NEVER = {
+    "not a number": ("a.tif", tiff(np.where(RAMP > 0.9, np.nan, FLOATS).astype(np.float32), 32, t339=3), "no numbers"),
+    "infinite": ("a.tif", tiff(np.where(RAMP > 0.9, np.inf, FLOATS).astype(np.float32), 32, t339=3), "no numbers"),
+    "8 bits with a sign": ("a.tif", tiff(np.int8(100 * RAMP), 8, t339=2), "8 bits with a sign"),
+    "0 is white": ("a.tif", tiff(SIXTEEN, 16, photometric=0), "of which 0 is white"),
+    "32 bits without a sign": ("a.tif", tiff(np.uint32(4e9 * RAMP), 32), "32 bits, which Pillow reads as negative"),
+    "colours of 12 bits in 16": ("a.png", png(32, 32, 16, 2, DARK_COLOURS), "no colour of the set"),
+    "PostScript": ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "PostScript"),
+    "PostScript by another name": ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "PostScript"),
+    "PostScript with a preview": ("a.ps", b"\xc5\xd0\xd3\xc6" + bytes(28), "PostScript"),
+    "many pixels": ("a.png", png(10000, 9000, 8, 2, [b""]), "more than 89478485 pixels"),
+    "too many pixels": ("a.png", png(65000, 65000, 8, 2, [b""]), "more than 89478485 pixels"),
+    "FITS": ("a.fits", b"".join(line.ljust(80) for line in (
+        b"SIMPLE  =                    T", b"BITPIX  =                   16", b"NAXIS   =                    2",
+        b"NAXIS1  =                   32", b"NAXIS2  =                   32", b"END")).ljust(2880) + bytes(2880),
+        "FITS of more than 8 bits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_pillow_would_decode_wrongly_or_with_another_program_is_refused(tmp_path, capsys, monkeypatch, name):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    file, content, expected = NEVER[name]
+    saved(folder / "good.png", picture(32, 32))
+    path = written(folder / file, content)
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program is started"))
+    line = refused(capsys, folder, "--levels=0,4095")
+    assert line.startswith(f"{path}: ")
+    assert expected in line
+
+
+def disc():
+    """(colours, alpha) of a red square of which all around is transparent and hides green."""
+    alpha = np.zeros((32, 32), np.uint8)
+    alpha[8:24, 8:24] = 255
+    return np.where(alpha[..., None] > 0, np.uint8(RED), np.uint8((0, 255, 0))), alpha
+
+
+def transparent(folder, name):
+    """A file with `disc` in one of the ways of writing transparency."""
+    colours, alpha = disc()
+    if name == "palette.png":
+        indices = PIL.Image.fromarray((alpha > 0).astype(np.uint8), "L").convert("L")
+        made = PIL.Image.frombytes("P", (32, 32), indices.tobytes())
+        made.putpalette([0, 255, 0, 255, 0, 0])
+        made.save(folder / name, transparency=0)
+    elif name == "palette_alphas.png":
+        made = PIL.Image.frombytes("P", (32, 32), (alpha > 0).astype(np.uint8).tobytes())
+        made.putpalette([0, 255, 0, 255, 0, 0])
+        made.save(folder / name, transparency=bytes([0, 255]))
+    elif name == "key.png":
+        PIL.Image.fromarray(colours).save(folder / name, transparency=(0, 255, 0))
+    elif name == "key_16.png":
+        rows = [row.tobytes() for row in (257 * colours.astype(">u2")).astype(">u2")]
+        written(folder / name, png(32, 32, 16, 2, rows, struct.pack(">3H", 0, 65535, 0)))
+    else:
+        options = {"lossless": True, "exact": True} if name.endswith("webp") else {}
+        PIL.Image.fromarray(np.dstack([colours, alpha])).save(folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.webp", "a.tif", "a.tga", "palette.png", "palette_alphas.png", "a.gif", "key.png", "key_16.png"]
+)
+def test_what_is_transparent_shows_the_background(tmp_path, name):
+    path = transparent(tmp_path, name)
+    alpha = disc()[1][..., None]
+    for background in ((255, 255, 255), (16, 32, 48)):
+        np.testing.assert_array_equal(stored(path, background=background), np.where(alpha > 0, RED, background))
+
+
+def test_greys_are_laid_over_the_background_too(tmp_path):
+    alpha = disc()[1]
+    grey = np.rint(255 * RAMP).astype(np.uint8)
+    PIL.Image.fromarray(grey).save(tmp_path / "plain.png")
+    PIL.Image.merge("LA", [PIL.Image.fromarray(grey), PIL.Image.fromarray(alpha)]).save(tmp_path / "la.png")
+    expected = np.where(alpha[..., None] > 0, grey[..., None], BLUE)
+    np.testing.assert_array_equal(stored(tmp_path / "la.png", background=BLUE), expected)
+    key = struct.pack(">H", int(SIXTEEN[0, 7]))
+    rows = [row.tobytes() for row in SIXTEEN.astype(">u2")]
+    found = stored(written(tmp_path / "16.png", png(32, 32, 16, 0, rows, key)), background=BLUE)
+    np.testing.assert_array_equal(found, np.where(SIXTEEN[..., None] == SIXTEEN[0, 7], BLUE, grey[..., None]))
+    quarters = png(4, 4, 2, 0, [bytes([0b00011011])] * 4, struct.pack(">H", 2))  # 0 1 2 3, of which 2 is transparent
+    found = stored(written(tmp_path / "2.png", quarters), size=4, background=BLUE)
+    np.testing.assert_array_equal(found[0], [(0, 0, 0), (85, 85, 85), BLUE, (255, 255, 255)])
+
+
+def test_half_transparent_is_half_of_the_background(tmp_path):
+    half = np.full((32, 32, 4), (200, 100, 0, 51), np.uint8)  # 51 of 255: a fifth
+    assert (stored(saved(tmp_path / "a.png", half), background=(100, 200, 50)) == (120, 180, 40)).all()
+
+
+def test_a_picture_of_which_nothing_is_visible_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"a\.png: all of it is transparent"):
+        stored(saved(tmp_path / "a.png", np.zeros((32, 32, 4), np.uint8)))
+
+
+def test_further_frames_and_pages_are_named(tmp_path, capsys):
+    frames = [PIL.Image.fromarray(np.full((32, 32, 3), value, np.uint8)) for value in (10, 120, 240)]
+    for name in ("animated.gif", "pages.tif", "animated.webp"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    saved(tmp_path / "single.png", picture(32, 32))
+    facts, _ = survey(tmp_path)
+    assert {name: found.frames for name, found in facts.items()} == {
+        "animated.gif": 3, "animated.webp": 3, "pages.tif": 3, "single.png": 1
+    }  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: {tmp_path / name}: the first of 3 frames" for name in sorted(facts)[:3]]
+    for name in sorted(facts)[:3]:
+        assert (stored(tmp_path / name) == 10).all()
+
+
+def test_layers_are_no_frames(tmp_path):
+    layer = bytes(16) + struct.pack(">H", 0) + b"8BIMnorm" + bytes(4) + struct.pack(">I", 0)
+    layers = struct.pack(">H", 2) + 2 * layer
+    blocks = [b"", b"", struct.pack(">I", len(layers)) + layers]
+    content = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 32, 32, 8, 1)  # one channel of 32 x 32, 8 bits, grey
+    content += b"".join(struct.pack(">I", len(block)) + block for block in blocks)
+    written(tmp_path / "a.psd", content + struct.pack(">H", 0) + np.rint(255 * RAMP).astype(np.uint8).tobytes())
+    with PIL.Image.open(tmp_path / "a.psd") as opened:
+        assert opened.n_frames == 2
+    assert survey(tmp_path)[0]["a.psd"].frames == 1
+    np.testing.assert_array_equal(stored(tmp_path / "a.psd")[..., 0], np.rint(255 * RAMP))
+
+
+def test_pictures_of_less_than_half_the_size_are_named(tmp_path):
+    for name, height, width in (("tiny.png", 3, 3), ("strip.png", 1, 32), ("low.png", 15, 90), ("half.png", 16, 16)):
+        saved(tmp_path / name, picture(height, width))
+    facts, skipped = survey(tmp_path)
+    assert {name: found.enlarged for name, found in facts.items()} == {"half.png": True}
+    assert skipped == dict.fromkeys(("tiny.png", "strip.png", "low.png"), "too small")
+
+
+def test_every_file_is_recorded_or_named(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    for name in ("sub", ".ipynb_checkpoints"):
+        (folder / name).mkdir(parents=True)
+        saved(folder / name / "a.png", picture(32, 32))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    saved(elsewhere / "b.png", picture(32, 32))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "a_link").symlink_to("sub")  # before `sub`, whose own name is used nevertheless
+    (folder / "sub/loop").symlink_to(folder)
+    (folder / "dead.png").symlink_to("nowhere")
+    (folder / "itself.png").symlink_to("itself.png")
+    os.mkfifo(folder / "pipe.png")
+    saved(folder / "jpeg_without_suffix", picture(32, 32), format="JPEG")
+    saved(folder / ".hidden.png", picture(32, 32))
+    for name in ("photo.HEIC", "a.jxl", "a.exr", "notes"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (folder / "empty.png").touch()
+    written(folder / "raw.dng", tiff(np.uint8(255 * RAMP), 8, t254=1))
+    written(folder / "preview.tif", tiff(np.uint8(255 * RAMP), 8, t254=1))
+    written(folder / "raw.nef", tiff(np.uint8(255 * RAMP), 8))
+    written(folder / "raw.tif", tiff(np.uint8(255 * RAMP), 8, t50706=0x01040000))
+    facts, skipped = survey(folder)
+    assert set(facts) == {"sub/a.png", "linked/b.png", "jpeg_without_suffix"}
+    unknown = ("photo.HEIC", "a.jxl", "a.exr", "notes", "empty.png", "raw.dng", "raw.nef", "raw.tif", "preview.tif")
+    assert skipped == dict.fromkeys(unknown, "not a picture of a known format") | {
+        "a_link": "a link to a folder that is read already",
+        "sub/loop": "a link to a folder that is read already",
+        "dead.png": "cannot be opened",
+        "itself.png": "cannot be opened",
+        "pipe.png": "neither a file nor a folder",
+        ".hidden.png": "hidden",
+        ".ipynb_checkpoints": "hidden",
+    }
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(": ")[1] for line in lines) == sorted(str(folder / name) for name in skipped)
+
+
+def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    saved(tmp_path / "a.png", picture(32, 32))
+    saved(tmp_path / "b.png", picture(32, 32))
+
+    def closed(function):  # root may read everything
+        def allowed(path, *arguments):
+            if path.name in ("closed", "b.png"):
+                raise PermissionError(13, "Permission denied")
+            return function(path, *arguments)
+
+        return allowed
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", closed(pathlib.Path.iterdir))
+    monkeypatch.setattr(pathlib.Path, "open", closed(pathlib.Path.open))
+    facts, skipped = survey(tmp_path)
+    assert (set(facts), skipped) == ({"a.png"}, dict.fromkeys(("closed", "b.png"), "cannot be opened"))
+
+
+def test_odd_names_are_recorded_and_printed_on_one_line(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, name in enumerate((b"caf\xe9.png", b"caf\xe8.png", "café.png".encode())):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "PNG")
+    with open(os.fsencode(folder) + b"/two\nlines\xff\x1b[2J.png", "wb") as file:
+        file.write(b"no picture")
+    status = prepare_dataset.main(["images", "--from", str(folder), "--to", str(tmp_path / "tfds"), "--size", "8"])
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert f"skipped: {folder}/two\\nlines\\xff\\x1b[2J.png: not a picture" in err
+    recorded, skipped = out.splitlines()[-2:]
+    assert recorded == "recorded 3"
+    assert skipped.startswith("skipped 1, 1 not a picture of a known format; save pictures in HEIC, ")
+    source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 8, 3))
+    assert sorted(source.read(0, 3)[:, 0, 0, 0]) == [0, 1, 2]
+
+
+def test_the_counts_are_of_what_was_recorded(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    transparent(folder, "cut.png")
+    small = saved(folder / "small.png", picture(24, 24))
+    written(folder / "small_and_damaged.png", small.read_bytes()[:-200])
+    saved(folder / "dark.png", TWELVE)
+    saved(folder / "bright.png", SIXTEEN)
+    arguments = ["images", "--from", folder, "--to", tmp_path / "tfds", "--size", 32, "--background", "green"]
+    assert prepare_dataset.main([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert f"skipped: {folder / 'small_and_damaged.png'}: damaged (" in err
+    assert out.splitlines()[-3:] == [
+        f"wrote {tmp_path / 'tfds/images/1.0.0'}",
+        "recorded 4, 1 smaller than --size and enlarged (such as small.png), "
+        "1 with transparency, laid over --background (such as cut.png), "
+        "1 of more than 8 bits and dark (such as dark.png)",
+        "skipped 1, 1 damaged",
+    ]
+    source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 32, 3))
+    assert GREEN in {tuple(image[0, 0].tolist()) for image in source.read(0, 4)}
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--background=mauvish", "--background mauvish: use an opaque colour"),
+        ("--background=#ffffff80", "--background #ffffff80: use an opaque colour"),
+        ("--levels=12", "--levels 12: use two numbers"),
+        ("--levels=0,x", "--levels 0,x: use two numbers"),
+        ("--levels=5,5", "--levels 5,5: use two numbers"),
+        ("--levels=0,inf", "--levels 0,inf: use two numbers"),
+        ("--levels=nan,1", "--levels nan,1: use two numbers"),
+    ],
+)
+def test_wrong_colours_and_levels_are_one_line(tmp_path, capsys, option, expected):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    saved(folder / "a.png", picture(32, 32))
+    assert refused(capsys, folder, option).startswith(expected)

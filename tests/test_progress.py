@@ -26,7 +26,7 @@ def logged():
 
 
 def taker(logged, *, drops=False):
-    return progress.UpdateValues(lambda step, values: logged.append((step, values)), drops=drops, remedy="REMEDY")
+    return progress.UpdateMetrics(lambda step, values: logged.append((step, values)), drops=drops, remedy="REMEDY")
 
 
 def test_the_last_call_is_logged_one_log_later(logged):

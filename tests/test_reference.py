@@ -2,7 +2,6 @@
 
 import json
 
-import ml_collections
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from metrics import distances, feature_networks, reference
 from utils import InputError
 
 SHAPE = (4, 4, 3)
-DATA = ml_collections.ConfigDict({"image_size": 4, "num_channels": 3})
+DATA = datasets.DataOptions("IMAGES", 4, 3)
 
 
 def first_pixels(images):
@@ -67,9 +66,9 @@ def test_many_images_all_count_for_the_moments_and_some_are_kept(source, tmp_pat
 def test_a_process_has_one_object_for_one_configuration(source, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "image_source", lambda data: source)
     monkeypatch.setattr(reference, "feature_network", lambda *_: network())
-    first = reference.of_config(DATA, reference.Options(), 10, tmp_path)
-    assert reference.of_config(DATA.copy_and_resolve_references(), reference.Options(), 10, tmp_path) is first
-    assert reference.of_config(DATA, reference.Options(max_real=5), 10, tmp_path).count == 5
+    first = reference.real_data(DATA, reference.Options(), 10, tmp_path)
+    assert reference.real_data(datasets.DataOptions("IMAGES", 4, 3), reference.Options(), 10, tmp_path) is first
+    assert reference.real_data(DATA, reference.Options(max_real=5), 10, tmp_path).count == 5
     neighbours, radii = first.neighbourhood(9)
     np.testing.assert_array_equal(neighbours, first.features[np.arange(9) * 23 // 9])
     np.testing.assert_array_equal(radii, distances.squared_radii(neighbours, 3))
@@ -109,8 +108,10 @@ def test_a_file_gives_the_same_distances(written):
 )
 def test_a_file_for_other_features_or_images_is_refused(written, other, message):
     path, _ = written
-    data, used = DATA.copy_and_resolve_references(), network(other.get("network_identity", "1"))
-    data.image_size = other.get("image_size", 4)
+    used, data = (
+        network(other.get("network_identity", "1")),
+        datasets.DataOptions("IMAGES", other.get("image_size", 4), 3),
+    )
     if "levels" in other:
         arrays = dict(np.load(path))
         record = json.loads(str(arrays["record"])) | {"levels": other["levels"]}

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 
 from configs.rf.digits_rf_continuous import get_config
-from jobs.builders import real_data_of
+from jobs.builders import data_options, reference_options
+from metrics import reference
 from scripts import reference_stats
 from utils import InputError
+
+
+def real_data_of(config):
+    return reference.real_data(data_options(config), reference_options(config), config.eval.batch_size)
 
 
 def test_statistics_of_the_digits_are_an_evaluations_own(tmp_path):

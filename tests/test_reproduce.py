@@ -7,10 +7,9 @@ import sys
 
 import jax
 import pytest
-from tiny_run import network_config, random_weights
+from tiny_run import export_file, network_config, random_weights
 
 import run_lib
-from checkpointing import runs
 
 
 def reproduce(monkeypatch, capsys, *arguments):
@@ -32,7 +31,7 @@ def measured(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     try:
-        runs.export_file("tiny.safetensors", random_weights(config, step=3), config)
+        export_file("tiny.safetensors", random_weights(config, step=3), config)
         config.training.import_flax = "tiny.safetensors"
         run_lib.evaluate(config, "run", "eval")
     finally:
@@ -80,7 +79,7 @@ def test_what_differs_is_named(measured, tmp_path, monkeypatch, capsys):
 
 def test_a_checkpoint_of_another_update_is_named(measured, tmp_path, monkeypatch, capsys):
     config = network_config()
-    runs.export_file(tmp_path / "later.safetensors", random_weights(config, step=4), config)
+    export_file(tmp_path / "later.safetensors", random_weights(config, step=4), config)
     monkeypatch.chdir(tmp_path)
     status, said = reproduce(monkeypatch, capsys, measured, "--checkpoint", "later.safetensors")
     assert status == 2

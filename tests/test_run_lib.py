@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
-from tiny_run import PICTURES, reflow_config, tiny_config
+from tiny_run import PICTURES, export_file, load_weights, reflow_config, restore, tiny_config
 
 import distributed
 import evaluation
@@ -24,9 +24,11 @@ import runtime
 import train_step
 from benchmarks import torch_twin
 from checkpointing import runs
+from checkpointing.checkpoint import checkpoint_at
 from configs.rf import cifar10_rf_continuous
+from configs.validation import stage_values
 from jobs import evaluate as evaluate_job
-from jobs import stages
+from jobs import inputs
 from jobs.builders import optimizer, sampler_options
 from models.weights import fingerprint
 from pairs.manifest import read_manifest
@@ -43,7 +45,7 @@ def workdir(trained, tmp_path_factory):
 
 
 def state(workdir, stage, step):
-    return runs.restore(workdir / stage / "checkpoints" / str(step))
+    return restore(workdir / stage / "checkpoints" / str(step))
 
 
 def numbers_of(folder):
@@ -84,11 +86,11 @@ def test_a_stage_starts_from_the_one_before_with_its_head_copied(workdir):
 
 
 def test_pairs_are_what_their_manifest_says(workdir):
-    pairs = reflow.PairSet(workdir / stages.PAIRS)
+    pairs = reflow.PairSet(workdir / inputs.PAIRS)
     teacher, _ = state(workdir, "1_rf", 6)
     assert len(pairs) == 64
     assert pairs.k == 2
-    expanded = runs.load_weights(workdir / "1_rf", reflow_config())
+    expanded = load_weights(workdir / "1_rf", reflow_config())
     assert pairs.manifest["teacher"] == fingerprint(expanded.ema_params)
     assert (workdir / "samples" / "pairs.png").stat().st_size > 1000
     assert list((workdir / "wandb").glob("*/files/media/images/pairs_64_*.png"))
@@ -122,7 +124,7 @@ def test_evaluation_measures_every_checkpoint_asked_for_once(workdir):
 
 def test_an_adaptive_sampler_has_the_settings_of_the_configuration():
     settings = {"method": "ode", "tol": 0.1, "solver": "bosh3", "error_norm": "sample"}
-    assert sampler_options(tiny_config(sampling=settings)) == settings
+    assert sampler_options(tiny_config(sampling=settings)).record() == settings
 
 
 def test_several_samplers_share_a_process_and_give_what_each_gives_alone(workdir, monkeypatch):
@@ -277,7 +279,7 @@ def test_a_distillation_with_every_option_resumes_to_the_same_result(trajectorie
     distill(tmp_path / "killed", 6)
     for rate in (0.0, 0.5, 0.9):
         first, second = (
-            runs.restore(tmp_path / name / "2_distill_2", ema_rate=rate)[0] for name in ("undisturbed", "killed")
+            restore(tmp_path / name / "2_distill_2", ema_rate=rate)[0] for name in ("undisturbed", "killed")
         )
         jax.tree.map(np.testing.assert_array_equal, first.ema_params, second.ema_params)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
@@ -346,7 +348,7 @@ def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdi
     run_lib.train(tiny_config(training=start | {"n_iters": 5}), tmp_path / "start")
     run_lib.train(tiny_config(training=start | {"n_iters": 6}), tmp_path / "start")
     assert runs.steps_in(tmp_path / "start" / "1_rf") == [4, 5, 6]
-    assert runs.read_metadata(tmp_path / "start")["source"] == start["import_flax"]  # also of a resumed run
+    assert checkpoint_at(tmp_path / "start").metadata["source"] == start["import_flax"]  # also of a resumed run
     start = {"import_flax": str(tmp_path / "start" / "1_rf" / "checkpoints" / "5"), "n_iters": 9}
     run_lib.train(tiny_config(training=start | {"n_jitted_steps": 2}), tmp_path / "run")
     # From update 5 in calls of two: one alone, then whole calls that end where a checkpoint is due.
@@ -389,21 +391,21 @@ def test_adaptive_boundaries_are_kept_in_the_manifest_and_used_by_training(workd
     monkeypatch.setattr("sampler.FINE_NOISES", 16)
     source = {"import_flax": str(workdir / "1_rf"), "adaptive_interval": True, "n_reflow_data": 32}
     run_lib.train(reflow_config("gen_reflow", training=source), tmp_path)
-    manifest = read_manifest(tmp_path / stages.PAIRS)
+    manifest = read_manifest(tmp_path / inputs.PAIRS)
     assert manifest["adaptive"]
     assert manifest["cost_adaptive"] <= manifest["cost_uniform"]
     assert (tmp_path / "samples" / "division.png").stat().st_size > 1000
     run_lib.train(reflow_config(training=source | {"n_iters": 2}), tmp_path)
     trained = tmp_path / "2_rf" / "checkpoints" / "2"
-    assert runs.read_metadata(trained)["boundaries"] == pytest.approx(manifest["boundaries"])
+    assert checkpoint_at(trained).metadata["boundaries"] == pytest.approx(manifest["boundaries"])
     # Measured from another workdir, which has no pairs, it is sampled on its own segments; so is its file's copy.
     exported = tmp_path / "ada.safetensors"
-    weights, info = runs.restore(trained)
-    runs.export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
+    weights, info = restore(trained)
+    export_file(exported, weights, reflow_config(), boundaries=info["boundaries"])
     for path in (trained, exported):
         config = reflow_config(training={"import_flax": str(path)})
-        given = stages.given_checkpoint(config)
-        boundaries = stages.evaluated_boundaries(config, epath.Path(tmp_path) / "elsewhere", given)
+        given = inputs.given_checkpoint(config)
+        boundaries = inputs.sampled_boundaries(given, 2, epath.Path(tmp_path) / "elsewhere")
         np.testing.assert_allclose(boundaries, manifest["boundaries"], atol=1e-6)
     # Uniform pairs are nothing that it learned from.
     (tmp_path / "other" / "samples").mkdir(parents=True)
@@ -457,7 +459,7 @@ def test_every_stage_and_evaluation_start_from_a_pytorch_checkpoint(workdir, tmp
     assert runs.steps_in(tmp_path / "1_rf") == [70, 71]
     run_lib.train(reflow_config("gen_reflow", training=start), tmp_path)
     teacher = fingerprint(models.import_torch(tmp_path / "one.pth", reflow_config()).ema_params)
-    assert read_manifest(tmp_path / stages.PAIRS)["teacher"] == teacher
+    assert read_manifest(tmp_path / inputs.PAIRS)["teacher"] == teacher
     run_lib.train(reflow_config("train_reflow", training=start | {"n_iters": 1}), tmp_path)
     student, info = state(tmp_path, "2_rf", 0)
     assert (student.step, student.count, info["source"]) == (0, 3, str(tmp_path / "one.pth"))
@@ -474,7 +476,7 @@ def test_values_that_are_not_finite_stop_the_run_before_a_checkpoint(workdir, tm
     weights, metadata = state(workdir, "1_rf", 4)
     weights = dataclasses.replace(weights, mu=jax.tree.map(lambda a: np.full_like(a, 1e38), weights.mu))
     start = runs.RunCheckpoints(tmp_path / "start" / "1_rf")
-    start.save(train_step.initial_state(weights, optimizer(config), step=4), metadata, keep=True)
+    start.save(train_step.initial_state(weights, optimizer(config, stage_values(config)), step=4), metadata, keep=True)
     start.close()
     with pytest.raises(InputError, match=r"a parameter is not finite at update 5 .*nan_policy=skip"):
         run_lib.train(config, tmp_path / "run")
@@ -516,7 +518,7 @@ def test_photographs_without_inception_are_refused_before_any_work(tmp_path):
     config.model.update(nf=4, ch_mult=(1,), attn_resolutions=(), num_res_blocks=1)
     params = models.init_params(models.create_model(config), jax.random.key(0), (32, 32, 3))
     weights = models.Weights(params=params, ema_params=params, mu=params, nu=params, count=0, step=0)
-    runs.export_file(tmp_path / "tiny.safetensors", weights, config)
+    export_file(tmp_path / "tiny.safetensors", weights, config)
     config.training.import_flax = str(tmp_path / "tiny.safetensors")
     config.eval.inception_path = str(tmp_path / "inception")
     with pytest.raises(InputError, match=str(tmp_path / "inception")):

@@ -12,11 +12,13 @@ from etils import epath
 from flax import traverse_util
 from pair_maker import mount_bucket
 from safetensors.numpy import load_file, save_file
-from tiny_run import network_config, random_weights
+from tiny_run import export_file, load_weights, network_config, random_weights, restore
 
 import models
 import train_step
 from checkpointing import runs
+from checkpointing.checkpoint import checkpoint_at
+from checkpointing.metadata import make_metadata
 from models.weights import fingerprint
 from utils import InputError
 
@@ -36,7 +38,7 @@ def same(a, b):
 
 
 def metadata(config, stage="1_rf"):
-    return runs.make_metadata(config, stage, np.linspace(1, 0, config.training.reflow_t + 1))
+    return make_metadata(models.create_model(config), stage, np.linspace(1, 0, config.training.reflow_t + 1))
 
 
 def saved(folder, config, weights, *steps, keep=True):
@@ -72,7 +74,7 @@ def test_another_network_is_not_resumed(tmp_path, weights):
 @pytest.mark.parametrize("place", ["", "1_rf", "1_rf/checkpoints", "1_rf/checkpoints/10"])
 def test_weights_load_from_any_folder_of_a_run_with_their_head_copied(tmp_path, weights, place):
     saved(tmp_path / "1_rf", network_config(), weights, 0, 10)
-    loaded = runs.load_weights(tmp_path / place, network_config(k=3))
+    loaded = load_weights(tmp_path / place, network_config(k=3))
     assert loaded.step == 10
     same(loaded.ema_params, models.expand_heads(weights.ema_params, 3))
     same(loaded.nu, models.expand_heads(weights.nu, 3))
@@ -80,10 +82,10 @@ def test_weights_load_from_any_folder_of_a_run_with_their_head_copied(tmp_path, 
 
 def test_an_exported_file_comes_back_bit_for_bit(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
-    runs.export_file(path, weights, network_config())
+    export_file(path, weights, network_config())
     (tmp_path / "another").touch()
     assert path.stat().st_mode == (tmp_path / "another").stat().st_mode
-    loaded = runs.load_weights(path, network_config())
+    loaded = load_weights(path, network_config())
     same(loaded.params, weights.params)
     same(loaded.mu, weights.mu)
     assert (loaded.step, loaded.count) == (30, 7)
@@ -92,21 +94,21 @@ def test_an_exported_file_comes_back_bit_for_bit(tmp_path, weights):
 def test_what_is_no_checkpoint_of_this_network_is_named(tmp_path, weights):
     config = network_config()
     with pytest.raises(InputError, match="no checkpoint at"):
-        runs.load_weights(tmp_path / "nowhere", config)
+        load_weights(tmp_path / "nowhere", config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no checkpoint"):
-        runs.load_weights(tmp_path / "empty", config)
+        load_weights(tmp_path / "empty", config)
     path = tmp_path / "exported.safetensors"
-    runs.export_file(path, weights, config)
+    export_file(path, weights, config)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a file that SeqRF exported"):
-        runs.load_weights(path, config)
+        load_weights(path, config)
     path.write_bytes(whole)
     other = network_config()
     other.model.fir = True
     with pytest.raises(InputError, match=r"model\.fir = False"):
-        runs.load_weights(path, other)
+        load_weights(path, other)
 
 
 def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
@@ -115,7 +117,7 @@ def test_a_damaged_checkpoint_folder_is_named(tmp_path, weights):
     folder = tmp_path / "1_rf" / "checkpoints" / "10"
     (folder / "state" / "manifest.ocdbt").write_bytes(b"broken")
     with pytest.raises(InputError, match="incomplete or corrupt checkpoint"):
-        runs.load_weights(folder, config)
+        load_weights(folder, config)
 
 
 def test_a_checkpoint_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
@@ -124,14 +126,14 @@ def test_a_checkpoint_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", unreachable)
     with pytest.raises(InputError, match="run cannot be read: Could not resolve host"):
-        runs.load_weights(tmp_path / "run", network_config())
+        load_weights(tmp_path / "run", network_config())
 
 
 def test_a_workdir_of_several_stages_asks_which(tmp_path, weights):
     saved(tmp_path / "1_rf", network_config(), weights, 10)
     saved(tmp_path / "2_rf", network_config(), weights, 10)
     with pytest.raises(InputError, match="several stages"):
-        runs.load_weights(tmp_path, network_config())
+        load_weights(tmp_path, network_config())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio
@@ -150,7 +152,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_earlier_checkpoints(tmp_path, 
     with contextlib.suppress(InputError):
         kept.close()
     assert runs.steps_in(tmp_path / "1_rf") == [10]
-    same(runs.load_weights(tmp_path / "1_rf", network_config()).params, weights.params)
+    same(load_weights(tmp_path / "1_rf", network_config()).params, weights.params)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, weights, monkeypatch):
@@ -170,7 +172,7 @@ UNEVEN = [1.0, 0.7, 0.0]
 
 def learned(folder, weights, **more):
     """A stage's folder with one checkpoint of two uneven segments."""
-    noted = runs.make_metadata(network_config(k=2), "2_rf", UNEVEN, source="runs/a", teacher="0f")
+    noted = make_metadata(models.create_model(network_config(k=2)), "2_rf", UNEVEN, source="runs/a", teacher="0f")
     kept = runs.RunCheckpoints(folder)
     kept.save(state_of(expanded(weights, 2), 10), {**noted, **more}, keep=True)
     kept.close()
@@ -185,19 +187,19 @@ def expanded(weights, k):
 def test_what_was_noted_is_read_without_the_weights(tmp_path, weights, place):
     learned(tmp_path / "2_rf", weights)
     (tmp_path / "2_rf" / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"broken")
-    noted = runs.read_metadata(tmp_path / place)
+    noted = checkpoint_at(tmp_path / place).metadata
     assert (noted["stage"], noted["k"], noted["boundaries"]) == ("2_rf", 2, UNEVEN)
     assert (noted["source"], noted["teacher"]) == ("runs/a", "0f")
 
 
 def test_an_exported_file_keeps_uneven_boundaries(tmp_path, weights):
     path = tmp_path / "exported.safetensors"
-    runs.export_file(path, expanded(weights, 2), network_config(k=2), UNEVEN, teacher="0f")
-    assert runs.read_metadata(path)["boundaries"] == UNEVEN
-    assert runs.read_metadata(path)["teacher"] == "0f"
-    runs.export_file(path, expanded(weights, 2), network_config(k=2))
-    assert runs.read_metadata(path)["boundaries"] == [1.0, 0.5, 0.0]
-    assert runs.read_metadata(path)["teacher"] is None
+    export_file(path, expanded(weights, 2), network_config(k=2), UNEVEN, teacher="0f")
+    assert checkpoint_at(path).metadata["boundaries"] == UNEVEN
+    assert checkpoint_at(path).metadata["teacher"] == "0f"
+    export_file(path, expanded(weights, 2), network_config(k=2))
+    assert checkpoint_at(path).metadata["boundaries"] == [1.0, 0.5, 0.0]
+    assert checkpoint_at(path).metadata["teacher"] is None
 
 
 def without(description, *path):
@@ -218,37 +220,37 @@ def rewritten(path, change):
 
 def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
     path, config = tmp_path / "exported.safetensors", network_config()
-    runs.export_file(path, weights, config)
+    export_file(path, weights, config)
     rewritten(path, lambda d: d["model"].update(nf="many"))
     with pytest.raises(InputError, match=r"exported .*: config\.model\.nf = 'many'"):
-        runs.load_weights(path, config)
+        load_weights(path, config)
     rewritten(path, lambda d: without(d, "model"))
     with pytest.raises(InputError, match=r"exported .*: its metadata lacks 'model'"):
-        runs.load_weights(path, config)
+        load_weights(path, config)
     rewritten(path, lambda d: d.update(model={}, k=3))
     with pytest.raises(InputError, match="k = 3 and 2 boundaries"):
-        runs.read_metadata(path)
+        checkpoint_at(path)
 
 
 def test_metadata_written_before_the_options_were_normalised_names_the_same_network(tmp_path, weights):
     path, config = tmp_path / "exported.safetensors", network_config()
-    runs.export_file(path, weights, config)
+    export_file(path, weights, config)
     raw = {"fir_kernel": [1, 3, 3, 1], "fourier_scale": 16, "sigma_min": None, "nonlinearity": "Swish"}
     rewritten(path, lambda d: d["model"].update(raw))
-    same(runs.load_weights(path, config).params, weights.params)
+    same(load_weights(path, config).params, weights.params)
 
 
 def test_noise_levels_matter_where_the_network_uses_them(tmp_path, weights):
     path, config = tmp_path / "exported.safetensors", network_config()
     other = network_config()
     other.model.sigma_max = 30.0
-    runs.export_file(path, weights, config)
-    runs.load_weights(path, other)
+    export_file(path, weights, config)
+    load_weights(path, other)
     config.model.scale_by_sigma = other.model.scale_by_sigma = True
-    runs.export_file(path, weights, config)
-    runs.load_weights(path, config)
+    export_file(path, weights, config)
+    load_weights(path, config)
     with pytest.raises(InputError, match=r"model\.sigma_max = 50\.0, the configuration has 30\.0"):
-        runs.load_weights(path, other)
+        load_weights(path, other)
 
 
 def spoilt(weights, change):
@@ -278,24 +280,24 @@ def test_weights_that_are_not_the_networks_are_named(tmp_path, weights, kind, na
     change, expected = CHANGES[name]
     path = tmp_path / kind
     if kind == "file":
-        runs.export_file(path, spoilt(weights, change), network_config())
+        export_file(path, spoilt(weights, change), network_config())
     else:
         saved(path, network_config(), spoilt(weights, change), 10)
     with pytest.raises(InputError, match=expected):
-        runs.load_weights(path, network_config(k=2))
+        load_weights(path, network_config(k=2))
 
 
 def test_other_heads_are_named(tmp_path, weights):
     learned(tmp_path, weights)
     with pytest.raises(InputError, match=r"2 time-embedding heads, this run has k = 3; set training\.reflow_t to 2"):
-        runs.load_weights(tmp_path, network_config(k=3))
+        load_weights(tmp_path, network_config(k=3))
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path):
     for content in (b"", b"PK\x03\x04 and more than eight", (2).to_bytes(8, "little") + b"{}"):
         path = tmp_path / "file"
         path.write_bytes(content)
-        for read in (runs.read_metadata, runs.restore):
+        for read in (checkpoint_at, restore):
             with pytest.raises(InputError, match="not a file that SeqRF exported"):
                 read(path)
 
@@ -303,11 +305,11 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
 def test_remote_files_are_written_and_read(tmp_path, weights, monkeypatch):
     mount_bucket(monkeypatch, tmp_path)
     path = epath.Path("gs://bucket/exported.safetensors")
-    runs.export_file(path, weights, network_config())
-    runs.export_file(tmp_path / "local", weights, network_config())
-    loaded = runs.load_weights(path, network_config())
+    export_file(path, weights, network_config())
+    export_file(tmp_path / "local", weights, network_config())
+    loaded = load_weights(path, network_config())
     same((loaded.params, loaded.nu), (weights.params, weights.nu))
-    assert runs.load_weights(tmp_path / "local", network_config()).step == loaded.step == 30
+    assert load_weights(tmp_path / "local", network_config()).step == loaded.step == 30
     assert {entry.name for entry in tmp_path.iterdir()} == {"exported.safetensors", "local"}
 
 

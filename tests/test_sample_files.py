@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import scipy.spatial
 from PIL import Image
-from tiny_run import network_config, random_weights
+from tiny_run import network_config, random_weights, restore
 
+import models
 import run_lib
 import sampler
 import train_step
 from checkpointing import exported, runs
+from checkpointing.metadata import make_metadata
 from jobs import sample
 from utils import InputError
 
@@ -25,7 +27,7 @@ def workdir(tmp_path_factory):
     adam = train_step.optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=5, grad_clip=1.0)
     state = train_step.initial_state(random_weights(config), adam, step=5)
     kept = runs.RunCheckpoints(folder / "1_rf")
-    kept.save(state, runs.make_metadata(config, "1_rf", [1, 0]), keep=True)
+    kept.save(state, make_metadata(models.create_model(config), "1_rf", [1, 0]), keep=True)
     kept.close()
     return folder
 
@@ -48,7 +50,7 @@ def folder(workdir):
 
 
 def test_samples_are_those_of_the_exported_model_bit_for_bit(workdir, folder):
-    weights, metadata = runs.restore(workdir)
+    weights, metadata = restore(workdir)
     exported.write_folder(workdir / "exported", weights, metadata)
     for path in (workdir, workdir / "exported"):
         model = sampler.load(path, batch_size=4)

@@ -182,7 +182,7 @@ def test_fine_trajectories_in_small_pieces_of_memory_are_of_the_same_noises(monk
         monkeypatch.setattr(sampler, "TRAJECTORY_BYTES", size)
         tested = sampler_of(Gaussian(), EULER)
         distances[images] = tested.fine_distances(GAUSSIAN)
-        assert [per_device for _, per_device, *_ in tested._programs] == [images]
+        assert [shape[1] for _, shape, *_ in tested.programs._compiled] == [images]
     xs = direct(tested, GAUSSIAN, num_scales=20, save_trajectory=True)(range(5)).xs
     for found in distances.values():
         np.testing.assert_allclose(found, adaptive.squared_distances([xs]), rtol=1e-4, atol=1e-5)

@@ -11,8 +11,8 @@ from jax.extend.core import jaxprs_in_params
 import sampling
 import segments
 from benchmarks import bench_sampling
-from configs import validation
-from metrics.straightness import straightness, truncation_error
+from configs.default import SETTINGS
+from metrics.straightness import straightness
 from utils import InputError
 
 NOISE = jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
@@ -150,8 +150,8 @@ def test_boundaries_that_do_not_decrease_from_one_to_zero_are_refused(options, w
 
 
 def test_a_configuration_knows_every_solver():
-    assert validation.CHOICES["sampling.predictor"] == tuple(sampling.PREDICTORS)
-    assert validation.CHOICES["sampling.solver"] == tuple(sampling.SOLVERS)
+    assert SETTINGS["sampling.predictor"].choices == tuple(sampling.PREDICTORS)
+    assert SETTINGS["sampling.solver"].choices == tuple(sampling.SOLVERS)
 
 
 @pytest.mark.parametrize("save_trajectory", [False, True])
@@ -286,10 +286,6 @@ def test_one_broken_image_with_its_own_steps_costs_the_others_nothing():
     np.testing.assert_allclose(samples.x[good], whole.x[good], atol=1e-6)
     np.testing.assert_array_equal(samples.nfe_each[good], whole.nfe_each[good])
     assert samples.nfe == jnp.max(whole.nfe_each[good])
-
-
-def test_truncation_error_is_the_root_mean_square():
-    assert truncation_error(jnp.zeros((2, 2)), jnp.float32([[1, 1], [1, 3]])) == pytest.approx(np.sqrt(3))
 
 
 @pytest.mark.parametrize(("overheads", "status"), [([1.0, 1.05], 0), ([1.06, 1.0], 1)])

@@ -6,10 +6,10 @@ from etils import epath
 
 import models
 from checkpointing import runs
-from checkpointing.runs import CheckpointRef
+from checkpointing.checkpoint import CheckpointRef
 from configs.default import get_default_config
-from jobs import stages
-from jobs.stages import TrainingData
+from jobs import inputs, stages
+from jobs.inputs import TrainingData
 from models.weights import fingerprint
 from utils import InputError
 
@@ -24,7 +24,7 @@ def config_with(**settings):
 
 def reference(k=2, stage="2_rf", boundaries=None, teacher=None):
     metadata = {"stage": stage, "k": k, "boundaries": boundaries or EVEN[: k + 1], "teacher": teacher}
-    return CheckpointRef("runs/a", metadata, load=lambda: None)
+    return CheckpointRef(epath.Path("runs/a"), metadata)
 
 
 def weights_of(value):
@@ -41,12 +41,12 @@ def pairs(teacher, boundaries=EVEN):
 def test_a_given_pytorch_checkpoint_comes_before_a_given_checkpoint_before_the_stage_before(tmp_path):
     torch, other = str(tmp_path / "one.pth"), str(tmp_path / "two")
     config = config_with(training__import_torch=torch, training__import_flax=other)
-    assert stages.starting_checkpoint(config, epath.Path(tmp_path)).name == torch
+    assert inputs.starting_checkpoint(config, epath.Path(tmp_path)).name == torch
     with pytest.raises(InputError, match=f"no checkpoint at {other}"):
-        stages.starting_checkpoint(config_with(training__import_flax=other), epath.Path(tmp_path))
+        inputs.starting_checkpoint(config_with(training__import_flax=other), epath.Path(tmp_path))
     with pytest.raises(InputError, match=f"no weights to start from: .*{tmp_path}/checkpoints has no checkpoint"):
-        stages.starting_checkpoint(config_with(), epath.Path(tmp_path))
-    assert stages.starting_checkpoint(config_with(), None) is None
+        inputs.starting_checkpoint(config_with(), epath.Path(tmp_path))
+    assert inputs.starting_checkpoint(config_with(), None) is None
 
 
 def test_a_stage_that_is_not_finished_is_no_parent_but_may_be_named(tmp_path, monkeypatch):
@@ -55,16 +55,16 @@ def test_a_stage_that_is_not_finished_is_no_parent_but_may_be_named(tmp_path, mo
     (stage / "checkpoints" / "300" / "state").mkdir(parents=True)
     config = config_with()
     last = str(stage / "checkpoints" / "300")
-    assert stages.starting_checkpoint(config, stage).name == last  # of a version that kept no settings
+    assert inputs.starting_checkpoint(config, stage).name == last  # of a version that kept no settings
     config.training.n_iters = 300
-    runs.write_settings(stage, config)
-    assert stages.starting_checkpoint(config, stage).name == last
+    runs.write_settings(stage, config.to_dict())
+    assert inputs.starting_checkpoint(config, stage).name == last
     config.training.n_iters = 301  # as when a finished run is begun again to make it longer
-    runs.write_settings(stage, config)
+    runs.write_settings(stage, config.to_dict())
     with pytest.raises(InputError, match=r"has 300 of 301 updates; resume it, or .*import_flax=\S+checkpoints/300"):
-        stages.starting_checkpoint(config, stage)
+        inputs.starting_checkpoint(config, stage)
     config.training.import_flax = last
-    assert stages.starting_checkpoint(config, stage).name == last
+    assert inputs.starting_checkpoint(config, stage).name == last
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(1, [10, 20, 30]), (20, [10, 30])])
@@ -73,12 +73,12 @@ def test_the_checkpoints_between_begin_and_end_step_are_evaluated(tmp_path, monk
         (tmp_path / "checkpoints" / str(step) / "state").mkdir(parents=True)
     monkeypatch.setattr(runs, "read_metadata", lambda path: {"path": str(path)})
     config = config_with(eval__begin_step=10, eval__end_step=30, eval__interval_step=interval)
-    found = stages.checkpoints_to_evaluate(config, epath.Path(tmp_path))
+    found = inputs.checkpoints_to_evaluate(config, epath.Path(tmp_path), ema_rate=0.5)
     assert list(found) == expected
     config.eval.begin_step = 41
     config.eval.end_step = 50
     with pytest.raises(InputError, match=r"no checkpoint to evaluate .* it has \[0, 10, 20, 30, 40\]"):
-        stages.checkpoints_to_evaluate(config, epath.Path(tmp_path))
+        inputs.checkpoints_to_evaluate(config, epath.Path(tmp_path), ema_rate=0.5)
 
 
 def test_k_is_the_checkpoints_unless_its_head_is_to_be_copied():

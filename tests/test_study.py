@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from tiny_run import export_file
 
 import models
 import sampler
-from checkpointing import runs
 from configs.rf.digits_rf_continuous import get_config
 from metrics.distances import frechet_distance
 from study import page as study_page
@@ -33,7 +33,7 @@ def bench(tmp_path_factory):
     zeros = jax.tree.map(np.zeros_like, params)
     weights = models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    runs.export_file(path, weights, config)
+    export_file(path, weights, config)
     return dataclasses.replace(
         BENCHES["digits"],
         teacher=str(path),

@@ -20,12 +20,12 @@ import torch
 from etils import epath
 from flax import traverse_util
 from test_models import FAMILY, output, quick_jit, random_inputs, tiny_config, twin_output
+from tiny_run import export_file
 
 import models
 import sampling
 import segments
 from benchmarks.torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
-from checkpointing import runs
 from models.pytorch import checkpoint as torch_checkpoint
 from models.pytorch import layout as torch_layout
 from scripts import convert_torch
@@ -657,7 +657,7 @@ def test_what_the_script_cannot_export_is_said_in_its_own_terms(k, options, expe
         path: np.zeros(shape, np.float32) for path, shape in models.weight_shapes(models.create_model(config)).items()
     }
     tree = traverse_util.unflatten_dict(leaves)
-    runs.export_file(ours, models.Weights(tree, tree, tree, tree, count=0, step=0), config)
+    export_file(ours, models.Weights(tree, tree, tree, tree, count=0, step=0), config)
     assert convert(ours, out, "--config", config_file) == 2
     line = capsys.readouterr().err
     assert expected in line
@@ -673,10 +673,11 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent)
 import run_lib
-from checkpointing import runs
+import models
+from checkpointing.checkpoint import checkpoint_at
 import ml_collections
 config = ml_collections.ConfigDict(json.loads(sys.argv[2]))
-weights = runs.load_weights(sys.argv[1], config)
+weights = checkpoint_at(sys.argv[1]).load(models.create_model(config))
 assert (weights.step, weights.count) == (10, 3)
 """
 

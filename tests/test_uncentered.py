@@ -12,7 +12,7 @@ import run_lib
 import segments
 from configs.rf.digits_rf_continuous import get_config
 from evaluation import frechet_distance
-from jobs import stages
+from jobs import inputs
 from metrics import feature_networks
 from utils import InputError
 
@@ -66,7 +66,7 @@ def test_the_first_flow_learns_from_images_in_the_unit_range(workdir):
 
 
 def test_pairs_start_from_noised_images_in_the_unit_range(workdir):
-    pairs = reflow.PairSet(workdir / stages.PAIRS)
+    pairs = reflow.PairSet(workdir / inputs.PAIRS)
     assert pairs.manifest["centered"] is False
     batch = next(pairs.batches(1024, seed=0))
     tau = segments.tau_of_t(0.5)
@@ -102,7 +102,7 @@ def test_evaluation_measures_and_shows_the_unit_range(workdir, mode):
     folder = workdir / mode / "step_4"
     assert brightness(folder / "samples.png") == pytest.approx(BRIGHTNESS_OF_NOISE, abs=0.03)
     found = json.loads((folder / "metrics.json").read_text())["fid_digits_classifier"]
-    network = feature_networks.label_classifier(config().data)
+    network = feature_networks.label_classifier(datasets.DataOptions(**config().data))
     noise = np.random.default_rng(0).normal(size=(2048, 8, 8, 1))
     real = network.features_and_logits(datasets.digits()[0])[0]
     unit, centered = (

@@ -1,9 +1,13 @@
 """Which configurations are refused before any work is done, and with what words."""
 
+import dataclasses
+import math
+
 import pytest
 
-from configs.default import get_default_config
-from configs.validation import CHOICES, RANGES, check_batches, check_config
+import train_step
+from configs.default import SETTINGS, get_default_config
+from configs.validation import StageValues, check_batches, check_config, stage_values
 from utils import InputError
 
 
@@ -18,14 +22,25 @@ def test_the_defaults_pass():
         check_config(get_default_config(), mode)
 
 
-@pytest.mark.parametrize("name", [*CHOICES, *RANGES])
-def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(name):
-    value = get_default_config()
-    for key in name.split("."):
-        value = value[key]
-    wrong = "no such value" if isinstance(value, str) else type(value)(-3)
-    with pytest.raises(InputError, match=f"--config.{name}={wrong}: "):
-        check_config(config_with(**{name.replace(".", "__"): wrong}), "train")
+def wrong_values(setting):
+    """Values outside what a setting may be."""
+    if setting.choices:
+        return ["no such value" if isinstance(setting.choices[0], str) else -3]
+    number = setting.kind or type(setting.default)
+    if number not in (int, float):
+        return []
+    beyond = [] if setting.least is None and setting.above is None else [number(-3)]
+    beyond += [number(setting.most + 1)] if setting.most is not None else []
+    return beyond + ([float("inf"), float("nan")] if number is float else [])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_refused_outside_its_values(name):
+    for wrong in wrong_values(SETTINGS[name]):
+        if name.startswith("model.") and SETTINGS[name].least is None and not SETTINGS[name].choices:
+            continue  # the network's options are refused in words of their own
+        with pytest.raises(InputError, match=f"--config.{name}={wrong}: "):
+            check_config(config_with(**{name.replace(".", "__"): wrong}), "train")
 
 
 @pytest.mark.parametrize(
@@ -35,9 +50,9 @@ def test_every_setting_that_is_checked_exists_and_is_refused_outside_its_values(
         ("train", {"training__snapshot_fid_sample": 1}, "need 2 samples or more"),
         ("train", {"training__inverted_pairs": 0.5, "training__reflow_store_noise": False}, "reflow_store_noise=True"),
         ("train", {"model__ema_rates": (0.9, 1.5)}, "rates from 0 to 1"),
-        ("train", {"model__ema_rates": (0.999999,)}, "other than ema_rate"),
+        ("train", {"model__ema_rates": (0.9999,)}, "other than ema_rate"),
         ("train", {"model__ema_rates": (0.9, 0.9)}, "names a rate twice"),
-        ("eval", {"model__ema_rates": (0.9,), "eval__ema_rate": 0.99}, r"a rate of the run \(0.999999, 0.9\)"),
+        ("eval", {"model__ema_rates": (0.9,), "eval__ema_rate": 0.99}, r"a rate of the run \(0.9999, 0.9\)"),
         (
             "train",
             {"optim__schedule": "cosine", "optim__warmup": 10, "training__n_iters": 10},
@@ -71,3 +86,22 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest_that_
     with pytest.raises(InputError, match=message):
         check_batches(config_with(**settings), "train", devices=devices)
     check_batches(config_with(), "train", devices=8)
+
+
+@pytest.mark.parametrize(("phase", "expected"), [(1, (400_001, 0.999999, True)), (2, (100_001, 0.9999, False))])
+def test_a_stage_takes_what_is_given_else_what_it_began_with_else_its_own_defaults(phase, expected):
+    config = config_with(model__rf_phase=phase)
+    assert dataclasses.astuple(stage_values(config)) == expected
+    recorded = {"training": {"n_iters": 7}, "model": {"ema_rate": 0.5, "variable_ema_rate": not expected[2]}}
+    assert stage_values(config, recorded) == StageValues(7, 0.5, not expected[2])
+    config.training.n_iters = 9
+    config.model.variable_ema_rate = expected[2]
+    assert stage_values(config, recorded) == StageValues(9, 0.5, expected[2])
+
+
+def test_reflow_keeps_the_teachers_ema_and_a_capped_rate_would_not():
+    """The share of the source's EMA that is left after ten updates."""
+    for capped, left in ((False, 0.999), (True, 6e-5)):
+        values = stage_values(config_with(**({"model__variable_ema_rate": True} if capped else {})))
+        rates = [train_step.ema_rate_at(n, values.ema_rate, values.variable_ema_rate) for n in range(1, 11)]
+        assert math.prod(map(float, rates)) == pytest.approx(left, rel=0.05)

@@ -5,6 +5,9 @@ import numpy as np
 
 import models
 import run_lib
+from checkpointing import exported
+from checkpointing.checkpoint import checkpoint_at
+from checkpointing.metadata import make_metadata
 from configs.rf.digits_rf_continuous import get_config
 
 PICTURES = {"snapshot_sampling": True}
@@ -29,6 +32,24 @@ def random_weights(config, **counts):
 
     trees = {name: noise() for name in ("params", "ema_params", "mu", "nu")}
     return models.Weights(**trees, **({"count": 0, "step": 0} | counts))
+
+
+def load_weights(path, config, **options):
+    """The weights at `path` for the network of a configuration."""
+    return checkpoint_at(path, **options).load(models.create_model(config))
+
+
+def restore(path, **options):
+    """(the weights at `path` with their own heads, their metadata)."""
+    found = checkpoint_at(path, **options)
+    return found.load(), found.metadata
+
+
+def export_file(path, weights, config, boundaries=None, teacher=None):
+    """Writes weights of the configuration's network, over uniform segments where no boundaries are given."""
+    network = models.create_model(config)
+    boundaries = np.linspace(1, 0, network.heads + 1) if boundaries is None else boundaries
+    exported.write_file(path, weights, make_metadata(network, "exported", boundaries, teacher=teacher))
 
 
 def tiny_config(**sections):

@@ -9,13 +9,9 @@ from etils import epath
 from jaxtyping import Float, Int, UInt8
 
 import adaptive
+import datasets
 import segments
 from utils import atomic_file
-
-
-def levels(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Images in [0, 1] as the nearest of 256 levels."""
-    return (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def image_grid(
@@ -31,7 +27,7 @@ def image_grid(
         y, x = y * (h + padding), x * (w + padding)
         grid[y : y + h, x : x + w] = image
     grid = np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid
-    return levels(grid)
+    return datasets.levels(grid)
 
 
 def draw_images(
@@ -54,8 +50,9 @@ def write_image(path: epath.PathLike, image: Float[np.ndarray, "h w c"]) -> None
     """One image in [0, 1] of 1 or 3 channels as a PNG of its own size."""
     from PIL import Image
 
+    pixels = datasets.levels(image)
     with atomic_file(path) as file:
-        Image.fromarray(levels(image[..., 0] if image.shape[-1] == 1 else image)).save(file, format="PNG")
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
 
 
 def draw_animation(path: epath.PathLike, frames: Float[np.ndarray, "frames n h w c"], seconds: float = 2.0) -> None:

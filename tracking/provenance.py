@@ -1,4 +1,4 @@
-"""What figures depend on beside the weights: code, libraries, machine and settings, to be written with them."""
+"""Reproducibility record: command, configuration, commit, library versions, hardware."""
 
 import functools
 import hashlib

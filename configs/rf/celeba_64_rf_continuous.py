@@ -18,7 +18,8 @@ def get_config(recipe: str = "paper") -> ml_collections.ConfigDict:
     """CIFAR-10's network with filtered resampling and a residual input pyramid; `recipe`: see configs/recipes.py."""
     config = get_default_config()
     config.data.update(dataset="CELEBA", image_size=64)
-    config.model.update(fir=True, progressive_input="residual", dropout=0.1, ema_rate=0.9999)
+    config.model.update(fir=True, progressive_input="residual", dropout=0.1)
+    config.rf.update(ema_rate=0.9999)
     config.training.update(batch_size=128, gen_reflow_size=512, reflow_file_size=4_096)
     config.eval.update(batch_size=512)
     return apply_recipe(config, recipe)

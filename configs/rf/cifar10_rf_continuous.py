@@ -6,8 +6,7 @@
 
 Source: the public PyTorch configuration cifar10_rf_gaussian_ddpmpp.py (arXiv 2209.03003), whose checkpoint
 --config.training.import_torch=CHECKPOINT reads: 61,804,419 parameters. The published training took 1,300,001 updates:
---config.training.n_iters=1300001. Reflow stages use an EMA of 0.9999 and 100,001 updates:
---config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False --config.training.n_iters=100001.
+--config.training.n_iters=1300001.
 
 Recommended batches on TPUs (train, evaluate): (512, 2048) on v3-8, (512, 1024) on v2-8. A million pairs take 25 GB.
 Time and result: not run here; arXiv 2209.03003 reports FID 2.58 for its 1-RF, sampled by RK45 in 127 calls.

@@ -16,10 +16,10 @@ def get_config(recipe: str = "paper") -> ml_collections.ConfigDict:
     config = get_default_config()
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
     config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0)
-    config.model.update(ema_rate=0.999)
+    config.rf.update(n_iters=1_400, ema_rate=0.999)
+    config.reflow.update(n_iters=750, ema_rate=0.995)
     config.training.update(
         batch_size=64,
-        n_iters=1_400,
         n_jitted_steps=1,
         log_freq=100,
         snapshot_freq=1_400,

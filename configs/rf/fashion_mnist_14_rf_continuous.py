@@ -21,10 +21,11 @@ def get_config(recipe: str = "paper") -> ml_collections.ConfigDict:
     config = get_default_config()
     # Shoes point to the left in this data set: mirrored images are not in it.
     config.data.update(dataset="FASHION_MNIST", image_size=14, num_channels=1, random_flip=False)
-    config.model.update(nf=24, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(7,), dropout=0.0, ema_rate=0.999)
+    config.model.update(nf=24, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(7,), dropout=0.0)
+    config.rf.update(n_iters=6_000, ema_rate=0.999)
+    config.reflow.update(n_iters=6_000, ema_rate=0.999)
     config.training.update(
         batch_size=64,
-        n_iters=6_000,
         log_freq=100,
         snapshot_freq=2_000,
         snapshot_freq_for_preemption=500,

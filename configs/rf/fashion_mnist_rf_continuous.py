@@ -19,10 +19,9 @@ def get_config(recipe: str = "paper") -> ml_collections.ConfigDict:
     config = get_default_config()
     # Shoes point to the left in this data set: mirrored images are not in it.
     config.data.update(dataset="FASHION_MNIST", image_size=28, num_channels=1, random_flip=False)
-    config.model.update(
-        nf=64, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(14,), dropout=0.1, ema_rate=0.9999
-    )
-    config.training.update(batch_size=128, n_iters=100_001, n_reflow_data=100_000)
+    config.model.update(nf=64, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(14,), dropout=0.1)
+    config.rf.update(n_iters=100_001, ema_rate=0.9999)
+    config.training.update(batch_size=128, n_reflow_data=100_000)
     config.sampling.update(tol=1e-4)
     config.eval.update(batch_size=512, num_samples=10_000)
     return apply_recipe(config, recipe)

@@ -24,7 +24,6 @@ def get_256_config(*, sigma_max: float) -> ml_collections.ConfigDict:
         ch_mult=(1, 1, 2, 2, 2, 2, 2),
         num_res_blocks=2,
         dropout=0.0,
-        ema_rate=0.999,
         embedding_type="fourier",
         fir=True,
         progressive="output_skip",
@@ -32,6 +31,7 @@ def get_256_config(*, sigma_max: float) -> ml_collections.ConfigDict:
         scale_by_sigma=True,
         sigma_max=sigma_max,
     )
+    config.rf.update(ema_rate=0.999)
     config.training.update(batch_size=64, gen_reflow_size=128, reflow_file_size=1_024)
     config.eval.update(batch_size=256)
     return config

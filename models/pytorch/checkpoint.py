@@ -4,16 +4,16 @@ A checkpoint is untrusted input: nothing in it is executed, and every name and s
 configuration before anything of its size is allocated. torch is imported only when one of the two functions runs.
 """
 
+import dataclasses
 import logging
 import math
 from collections import OrderedDict
 
-import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from models.factory import create_model, expand_heads
+from models.factory import expand_heads
 from models.ncsnpp import NCSNpp, sigma_table
 from models.pytorch import file as torch_file
 from models.pytorch.layout import Entries, Entry, entries_of
@@ -27,8 +27,8 @@ PREFIX = "module."
 MOST_SIGMAS = 100_000  # public checkpoints have 1,000
 
 
-def import_torch(path: epath.PathLike, config: ml_collections.ConfigDict) -> Weights:
-    """The checkpoint at `path` for `create_model(config)`, as NumPy arrays; one head is copied to k.
+def read_weights(path: epath.PathLike, network: NCSNpp) -> Weights:
+    """The PyTorch checkpoint at `path` for `network`, as NumPy arrays; its one head is copied to k.
 
     Without an `optimizer` part, or with an empty one, the moments are zeros, the count is 0 and a warning is logged.
 
@@ -37,9 +37,9 @@ def import_torch(path: epath.PathLike, config: ml_collections.ConfigDict) -> Wei
         finite, an EMA or an optimiser that does not fit, or another configuration's. One line that names the first
         thing wrong.
     """
-    model, path = create_model(config), epath.Path(path)
+    path = epath.Path(path)
     with torch_file.errors_named(f"PyTorch checkpoint {path}"):
-        return _weights(_opened(path), model, path.stat().length)
+        return _weights(_opened(path), network, path.stat().length)
 
 
 def _weights(file: dict, model: NCSNpp, size: int) -> Weights:
@@ -213,31 +213,42 @@ def _count(name: str, value) -> int:
     return int(number)
 
 
-def export_torch(weights: Weights, config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
-    """Writes `weights` (k = 1) in PyTorch's format: the inverse of `import_torch`, bit for bit in every tensor.
+@dataclasses.dataclass(frozen=True)
+class TrainerSettings:
+    """What the public trainer keeps beside the tensors: Adam's settings and the EMA's decay."""
 
-    Adam's settings come from config.optim where there is one; the EMA's decay and count from the file that the weights
-    were imported from, else from config.model.ema_rate and `weights.step`.
+    lr: float = 2e-4
+    beta1: float = 0.9
+    eps: float = 1e-8
+    ema_rate: float = 0.9999
+
+
+def write_weights(
+    path: epath.PathLike, weights: Weights, network: NCSNpp, settings: TrainerSettings = TrainerSettings()
+) -> None:
+    """Writes `weights` (k = 1) in PyTorch's format: the inverse of `read_weights`, bit for bit in every tensor.
+
+    The EMA's decay and count are those of the file that the weights were imported from, else `settings.ema_rate` and
+    `weights.step`.
 
     Raises:
-      InputError: more than one head, or weights of another configuration.
+      InputError: more than one head, or weights of another network.
     """
     import torch
 
-    model = create_model(config)
-    entries = entries_of(model)
+    entries = entries_of(network)
     params = _exported(weights.params, entries)
     ema = _exported(weights.ema_params, entries)
     extras = weights.extras
-    sigmas = extras.get("sigmas", sigma_table(model.sigma_min, model.sigma_max))
+    sigmas = extras.get("sigmas", sigma_table(network.sigma_min, network.sigma_max))
     state = OrderedDict({f"{PREFIX}sigmas": torch.tensor(np.asarray(sigmas))})
     state.update((PREFIX + name, tensor) for name, tensor in params.items())
     shadow = {
-        "decay": float(extras.get("ema_decay", config.model.get("ema_rate", 0.9999))),
+        "decay": float(extras.get("ema_decay", settings.ema_rate)),
         "num_updates": int(extras.get("ema_num_updates", weights.step)),
         "shadow_params": [ema[entry.name] for entry in entries if entry.trainable],
     }
-    optimizer = _adam(weights, config, entries)
+    optimizer = _adam(weights, settings, entries)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         torch.save({"optimizer": optimizer, "model": state, "ema": shadow, "step": int(weights.step)}, stream)
 
@@ -255,17 +266,11 @@ def _exported(tree, entries: Entries) -> dict:
     return {entry.name: torch.from_numpy(entry.to_torch(np.asarray(leaves[entry.path]))) for entry in entries}
 
 
-def _adam(weights: Weights, config, entries: Entries) -> dict:
+def _adam(weights: Weights, settings: TrainerSettings, entries: Entries) -> dict:
     """The optimiser's part, with the numbering of the public trainer: every weight is counted, trained or not."""
     import torch
 
-    settings = config.get("optim") or {}
-    adam = torch.optim.Adam(
-        [torch.zeros(1)],
-        lr=float(settings.get("lr", 2e-4)),
-        betas=(float(settings.get("beta1", 0.9)), 0.999),
-        eps=float(settings.get("eps", 1e-8)),
-    )
+    adam = torch.optim.Adam([torch.zeros(1)], lr=settings.lr, betas=(settings.beta1, 0.999), eps=settings.eps)
     group = adam.state_dict()["param_groups"][0] | {"params": list(range(len(entries)))}
     if not int(weights.count):
         return {"state": {}, "param_groups": [group]}

@@ -29,12 +29,11 @@ submit() {
         --config.training.batch_size="$TRAIN" --config.eval.batch_size="$EVAL" "$@" "${settings[@]}")
 }
 
-trained=(--config.training.n_iters=100001 --config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False)
 fixed=(--config.sampling.method=pc --config.model.num_scales="$NDIV")
 
 submit --mode=train --config.model.rf_phase=1
 submit --mode=train --config.training.reflow_mode=gen_reflow --config.sampling.tol=1e-4
-submit --mode=train --config.training.reflow_mode=train_reflow "${trained[@]}"
-submit --mode=train --config.training.reflow_mode=train_distill "${trained[@]}" "${fixed[@]}"
+submit --mode=train --config.training.reflow_mode=train_reflow
+submit --mode=train --config.training.reflow_mode=train_distill "${fixed[@]}"
 submit --mode=eval --eval_folder=distilled --config.eval.reflow_mode=eval_distill "${fixed[@]}"
 echo "submitted, the last one is $before"

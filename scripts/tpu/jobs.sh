@@ -31,10 +31,8 @@ for job in $JOBS; do
     rf) run --mode=train --config.model.rf_phase=1 ;;
     pairs) run --mode=train --config.training.reflow_mode=gen_reflow --config.training.n_reflow_data=1000000 \
         --config.sampling.method=ode --config.sampling.tol=1e-4 --config.training.gen_reflow_size=1024 ;;
-    reflow) run --mode=train --config.training.reflow_mode=train_reflow --config.training.n_iters=100001 \
-        --config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False ;;
-    distill) run --mode=train --config.training.reflow_mode=train_distill --config.training.n_iters=100001 \
-        --config.model.ema_rate=0.9999 --config.model.variable_ema_rate=False \
+    reflow) run --mode=train --config.training.reflow_mode=train_reflow ;;
+    distill) run --mode=train --config.training.reflow_mode=train_distill \
         --config.sampling.method=pc --config.model.num_scales="$NDIV" ;;
     evaluate) run --mode=eval --eval_folder=distilled --config.eval.reflow_mode=eval_distill \
         --config.sampling.method=pc --config.model.num_scales="$NDIV" ;;
