@@ -37,7 +37,7 @@ class Model:
     recipe: Recipe
     updates: int = 0
     calls: int = 0
-    seconds: float = 0.0
+    seconds: float | int = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PairSet:
 
     folder: Path
     calls: int
-    seconds: float
+    seconds: float | int
 
 
 class Models:
