@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
-import jax
 from etils import epath
 
 logger = logging.getLogger("seqrf")
@@ -197,6 +196,8 @@ def _without_late_errors(hook):
 
 def set_up_compilation_cache(folder: os.PathLike) -> None:
     """Keeps compiled programs in `folder`, unless the user has named another one; warns if that cannot be written."""
+
+    import jax
 
     import utils
 

@@ -43,7 +43,7 @@ class Verdict:
     def is_settled(self) -> bool:
         """Whether the first is better (mean below 0) or worse, by this rule."""
         agree = all(d < 0 for d in self.differences) or all(d > 0 for d in self.differences)
-        return len(self.differences) >= 3 and agree and abs(self.mean) > 2 * self.error
+        return bool(len(self.differences) >= 3 and agree and abs(self.mean) > 2 * self.error)
 
     def text(self, form: str) -> str:
         """'mean ± error', or the one difference; '-' where there is none."""

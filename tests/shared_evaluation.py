@@ -18,6 +18,7 @@ import evaluation
 import models
 import utils
 from metrics import feature_networks, reference
+from metrics.floor import floor
 
 
 def pixels(images):
@@ -46,7 +47,7 @@ def main(folder: str) -> None:
         centered=True,
         precision_recall_samples=20,
         nearest_samples=7,
-        floor=reference.floor(real, {}, 8, None, cache),
+        floor=floor(real, datasets.DataOptions("digits", 8, 1), 8, None, cache),
     )
     sampler = sampler_of(Gaussian(), EULER, UNEVEN)
     exact = evaluation.reference_samples(sampler, GAUSSIAN, 8, 8)

@@ -1,4 +1,4 @@
-"""Fifty updates of a small network by the devices of one or of two processes, for tests/test_parallel.py.
+"""Fifty updates of a small network by the devices of one or of two processes, for tests/test_distributed.py.
 
     python tests/shared_updates.py OUT.npz DEVICES:ACCUMULATE ...
 

@@ -135,7 +135,7 @@ def shared_updates(path, devices, *ways, hosts=1):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     # Compiling is what this waits for.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts), "PYTHONPATH": str(ROOT)}
     environment = os.environ | {"XLA_FLAGS": flags} | named
     command = [sys.executable, pathlib.Path(__file__).with_name("shared_updates.py"), path, *ways]
     started = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(host)}) for host in range(hosts)]

@@ -45,6 +45,13 @@ def is_setting(name: str) -> bool:
     return name in config if not key else section in config and key in config[section]
 
 
+def is_code(name: str) -> bool:
+    """Whether module.name, such as `sampling.solve`, is named there, or the name is the module's file."""
+    module, _, key = name.partition(".")
+    file = ROOT / f"{module}.py"
+    return file.exists() and (key == "py" or bool(re.search(rf"\b{key}\b", file.read_text())))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
@@ -61,11 +68,10 @@ def test_settings_exist(page):
     text = (ROOT / page).read_text()
     sections = "|".join(key for key, value in get_default_config().items() if hasattr(value, "items"))
     named = set(re.findall(r"--config\.([\w.]+\w)", text)) | set(re.findall(rf"`((?:{sections})\.\w+)", text))
-    others = {"sampling.solve", "sampling.SOLVERS", "sampling.PREDICTORS", "sampling.py", "model.safetensors"}
-    assert not {name for name in named - others if not is_setting(name)}
+    assert not {name for name in named - {"model.safetensors"} if not is_setting(name) and not is_code(name)}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"CHANGELOG.md"}))  # which names files of earlier versions too
 def test_files_exist(page):
     text = (ROOT / page).read_text()
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]

@@ -188,7 +188,9 @@ def test_an_evaluation_finds_the_nearest_training_images_and_draws_them(tmp_path
 
 
 def samples_of(levels):
-    return evaluation.Samples(raw_pixels(levels)[0], np.zeros((len(levels), 2), np.float32), levels, sampler.Cost())
+    return evaluation.DrawnSamples(
+        raw_pixels(levels)[0], np.zeros((len(levels), 2), np.float32), levels, sampler.Cost()
+    )
 
 
 # --- numbers of a sampler with weights --------------------------------------------------------------------------------
@@ -256,7 +258,8 @@ def evaluated(folder, hosts, devices):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     script = pathlib.Path(__file__).with_name("shared_evaluation.py")
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)} if hosts > 1 else {}
     started = [
         subprocess.Popen(

@@ -112,7 +112,7 @@ SPOILT = {
     "infinity": (lambda f: rewritten(f, boundaries=[1, 1e999, 0]), "decrease strictly"),
     "text": (lambda f: rewritten(f, boundaries=["1", "x", "0"]), "not a file that SeqRF"),
     "steps": (lambda f: rewritten(f, step=10**300), "its metadata has step = 1000"),
-    "setting": (lambda f: rewritten(f, model={"a.b": 1}), "not a file that SeqRF"),
+    "setting": (lambda f: rewritten(f, model={"a.b": 1}), "has shape"),
     "no image size": (lambda f: rewritten(f, data={"num_channels": 1}), "not a file that SeqRF"),
     "source": (lambda f: rewritten(f, source=5), "its metadata has source = 5"),
     "another config": (
@@ -161,10 +161,10 @@ def test_a_loaded_model_samples_the_noises_of_its_seed_and_counts_calls(folder, 
     velocity = models.velocity_fn(models.create_model(CONFIG), weights.ema_params)
     x = sampling.solve(velocity, noise, [1, 0.7, 0], method="pc", predictor="rf_solver", num_scales=4).x
     np.testing.assert_allclose(images, np.clip((x + 1) / 2, 0, 1), atol=1e-5)
-    programs = len(model.network._programs)
+    programs = len(model.network.programs._compiled)
     assert not np.array_equal(model.sample(6, seed=4, num_scales=4), images)
     np.testing.assert_array_equal(model.sample(6, seed=3, num_scales=4), images)
-    assert len(model.network._programs) == programs == 1
+    assert len(model.network.programs._compiled) == programs == 1
 
 
 def test_arguments_that_cannot_work_are_named(folder):
@@ -196,7 +196,7 @@ def test_shipped_models_load_and_are_small(path):
         model.sampler(**options)  # raises for one that cannot work
     assert recommended
     if path.name.endswith(("_distill", "_distill_4")):  # by itself it takes the steps that it was distilled to
-        assert model.sampler().options["num_scales"] == recommended[0]["num_scales"]
+        assert model.sampler().options.num_scales == recommended[0]["num_scales"]
 
 
 # --- scripts/export.py ------------------------------------------------------------------------------------------------

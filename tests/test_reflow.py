@@ -161,7 +161,7 @@ def test_a_full_disk_is_noticed_before_the_next_file_is_solved(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(reflow, "_dispatched_ahead", counted)
-    monkeypatch.setattr(reflow.figures, "draw_pairs", lambda *_: None)
+    monkeypatch.setattr(reflow.plots, "draw_pairs", lambda *_: None)
     monkeypatch.setattr(utils, "write_arrays", fail)
     with pytest.raises(InputError, match="is full"):
         pair_maker.generate(tmp_path / "p", pairs=1200, file_size=600)

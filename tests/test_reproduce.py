@@ -93,4 +93,4 @@ def test_a_file_without_a_record_is_refused(content, tmp_path, monkeypatch, caps
     (tmp_path / "metrics.json").write_text(content)
     status, said = reproduce(monkeypatch, capsys, tmp_path / "metrics.json")
     assert status == 2
-    assert "has no whole entry 'provenance'" in said
+    assert "has no complete 'provenance' record" in said

@@ -220,7 +220,7 @@ def test_other_weights_and_their_time_grid_need_no_other_program(monkeypatch):
     direct_only = counts[2] - counts[1]
     assert counts[1] - counts[0] == direct_only
     assert direct_only < counts[0]
-    assert len(tested._programs) == 3  # fine trajectories, samples, straightness
+    assert len(tested.programs._compiled) == 3  # fine trajectories, samples, straightness
 
 
 def test_a_uniform_grid_and_an_adaptive_solver_are_left_alone():

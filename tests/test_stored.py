@@ -30,5 +30,5 @@ def test_a_configuration_survives_json():
     ],
 )
 def test_what_is_no_setting_is_refused(stored, name):
-    with pytest.raises(InputError, match=f"unknown or mistyped setting in the stored configuration: {name}="):
+    with pytest.raises(InputError, match=f"unknown or mistyped setting in the stored configuration: {name}"):
         config_from(stored)
