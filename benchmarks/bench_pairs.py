@@ -10,13 +10,13 @@ Every ratio is printed with what is asked of it. The exit status is 1 if one of 
 """
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import reflow
 import sampling
 import segments
 import utils
+from benchmarks.common import perturbed_weights, seconds
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 from pairs import manifest as pairmanifest
 from pairs import npz
@@ -39,16 +40,9 @@ PARTS = ["reading", "writing", "memory", "generation"]
 PAIRS, SHAPE, BATCH, RUNS, ROUNDS = 10_000, (32, 32, 3), 512, 7, 4
 
 
-def seconds_of(action) -> float:
-    """The wall time of one call, in seconds."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 def median_seconds(action, runs=RUNS) -> float:
     """The median wall time of `runs` calls."""
-    return statistics.median(seconds_of(action) for _ in range(runs))
+    return statistics.median(seconds(action) for _ in range(runs))
 
 
 class Report:
@@ -160,7 +154,7 @@ def bench_reading(report: Report, folder: Path, compressed: Path, arrays: dict[s
         "reading after it": (lambda: take(iterator, epoch), bytes_read),
         "compressed npz": (lambda: read_compressed(compressed), size),
     }
-    rounds = [{name: size / seconds_of(job) for name, (job, size) in jobs.items()} for _ in range(RUNS + 1)][1:]
+    rounds = [{name: size / seconds(job) for name, (job, size) in jobs.items()} for _ in range(RUNS + 1)][1:]
     iterator.close()
     for name in jobs:
         report.say(f"{name}, MB/s", f"{statistics.median(speeds[name] for speeds in rounds) / 1e6:8.0f}")
@@ -210,17 +204,6 @@ def small_network_config():
     return config
 
 
-def teacher_of(config):
-    """(shape of an image, make_velocity, params) of a network with random weights."""
-    model = models.create_model(config)
-    shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
-    leaves, tree = jax.tree.flatten(models.init_params(model, jax.random.key(0), shape))
-    # The last layers start at zero; a teacher that does something makes the solver work.
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [leaf + 0.01 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return shape, lambda params: models.velocity_fn(model, params), jax.tree.unflatten(tree, leaves)
-
-
 def network_call(make_velocity, params, shape, batch_size: int):
     """A compiled call of the network alone, on all devices, compiled and ready; a function without arguments."""
     devices = jax.local_device_count()
@@ -243,7 +226,9 @@ def bench_generation(report: Report, folder: Path, name: str, config, pairs: int
     """A set of `pairs` pairs in two segments, in four rounds; a network call is timed before and after each of them."""
     with config.unlocked():
         config.training.reflow_t = 2
-    shape, make_velocity, params = teacher_of(config)
+    network = models.create_model(config)
+    make_velocity = functools.partial(models.velocity_fn, models.in_float32(network))  # as jobs/generate.py has it
+    params, shape = perturbed_weights(network, 0.01), network.image_shape
     call = network_call(make_velocity, params, shape, batch_size)
     pixels = np.random.default_rng(0).integers(0, 256, (1000, *shape)).astype(np.uint8)
     images = datasets.ArraySource("noise", pixels)
@@ -256,18 +241,18 @@ def bench_generation(report: Report, folder: Path, name: str, config, pairs: int
         dataset=images.identity,
         dataset_size=images.size,
     )
-    expected, timed, summaries = 0.0, [seconds_of(call) for _ in range(10)], []
+    expected, timed, summaries = 0.0, [seconds(call) for _ in range(10)], []
     for number in range(1, ROUNDS + 1):
         summary = reflow.generate(
             plan, images, make_velocity, params, batch_size=batch_size, worker=(number, ROUNDS), progress=False
         )
-        before, timed = timed, [seconds_of(call) for _ in range(10)]
+        before, timed = timed, [seconds(call) for _ in range(10)]
         expected += summary.calls * statistics.median(before + timed)
         summaries.append(summary)
-    calls, seconds = sum(summary.calls for summary in summaries), sum(summary.seconds for summary in summaries)
-    report.say(f"{name}: pairs/s; NFE in each segment", f"{pairs / seconds:8.1f}   {summaries[0].nfe}")
-    report.say(f"{name}: seconds; calls; ms a call", f"{seconds:8.1f}   {calls}   {1000 * expected / calls:.1f}")
-    report.ratio(f"{name}: wall time / (calls x one call)", seconds / expected, most=1.1)
+    calls, spent = (sum(getattr(summary, name) for summary in summaries) for name in ("calls", "seconds"))
+    report.say(f"{name}: pairs/s; NFE in each segment", f"{pairs / spent:8.1f}   {summaries[0].nfe}")
+    report.say(f"{name}: seconds; calls; ms a call", f"{spent:8.1f}   {calls}   {1000 * expected / calls:.1f}")
+    report.ratio(f"{name}: wall time / (calls x one call)", spent / expected, most=1.1)
 
 
 def main() -> int:

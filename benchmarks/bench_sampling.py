@@ -1,4 +1,4 @@
-"""What a solve costs beyond its network calls: python -m benchmarks.bench_sampling [--full] [--json FILE].
+"""What a solve costs beyond its network calls: python -m benchmarks.bench_sampling [--full]
 
 Times one compiled network call, whole solves by Euler, Heun and Dopri5, and the Dopri5 solve driven by SciPy's RK45
 from the host (a flat float64 state, one round trip per network call), on the digits network and with --full also on the
@@ -16,24 +16,21 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 from scipy import integrate
 
 import models
 import sampling
 import segments
+from benchmarks.common import perturbed_weights, seconds
 from configs.rf import cifar10_rf_continuous, digits_rf_continuous
 
 
@@ -51,28 +48,6 @@ class Case:
 CASES = [Case("digits", digits_rf_continuous, 256, 20, 1e-3), Case("cifar10", cifar10_rf_continuous, 2, 8, 1e-2)]
 MAX_OVERHEAD = 1.05
 HEADER = "network  batch  solver   NFE  call ms  solve s  overhead | SciPy NFE  solve s  host/device  per call"
-
-
-def random_velocity(config: ConfigDict, seed: int = 0) -> sampling.Velocity:
-    """The configuration's network with all weights perturbed: freshly initialised, its velocity is zero."""
-    model = models.create_model(config)
-    params = models.init_params(model, jax.random.key(seed), image_shape(config))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    perturbed = [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return models.velocity_fn(model, jax.tree.unflatten(tree, perturbed))
-
-
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(H, W, C) of the configuration's images."""
-    return config.data.image_size, config.data.image_size, config.data.num_channels
-
-
-def seconds(job: Callable) -> float:
-    """Wall seconds of a job, until its results are computed."""
-    start = time.perf_counter()
-    jax.block_until_ready(job())
-    return time.perf_counter() - start
 
 
 def scipy_solve(
@@ -107,20 +82,20 @@ def solvers(case: Case) -> dict[str, dict]:
 
 def measure(case: Case, rounds: int) -> Iterator[dict]:
     """Yields a row for each solver: NFE, and medians over rounds of the times in seconds and of their ratios."""
-    config = case.config.get_config()
-    velocity = random_velocity(config)
-    z = jax.random.normal(jax.random.key(2), (case.batch, *image_shape(config)))
+    network = models.create_model(case.config.get_config())
+    velocity = models.velocity_fn(network, perturbed_weights(network, 0.02))
+    z = jax.random.normal(jax.random.key(2), (case.batch, *network.image_shape))
     inputs = z, jnp.full(case.batch, 0.5), jnp.zeros(case.batch, jnp.int32)
     boundaries = segments.uniform_boundaries(1)
     for name, options in solvers(case).items():
         adaptive = options["method"] == "ode"
-        network = jax.jit(sampling.full_precision(velocity) if adaptive else velocity)
-        jax.block_until_ready(network(*inputs))
+        call = jax.jit(sampling.full_precision(velocity) if adaptive else velocity)
+        jax.block_until_ready(call(*inputs))
         solve = jax.jit(lambda z, options=options: sampling.solve(velocity, z, boundaries, **options))
         nfe = int(solve(z).nfe)
-        host = functools.partial(scipy_solve, network, z, boundaries, case.tol) if adaptive else None
+        host = functools.partial(scipy_solve, call, z, boundaries, case.tol) if adaptive else None
         host_nfe = host()[1] if host else None
-        timed = functools.partial(network, *inputs), functools.partial(solve, z), nfe, host
+        timed = functools.partial(call, *inputs), functools.partial(solve, z), nfe, host
         times = [one_round(*timed) for _ in range(rounds)]
         yield row(case, name, nfe, host_nfe, times)
 
@@ -177,7 +152,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also the full-size CIFAR-10 network (minutes on a CPU)")
     parser.add_argument("--rounds", type=int, default=7, help="timed solves of each kind (default 7)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     print(HEADER, "-" * len(HEADER), sep="\n", flush=True)
     rows = []
@@ -185,8 +159,6 @@ def main() -> int:
         for found in measure(case, arguments.rounds):
             print(line(found), flush=True)
             rows.append(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=2) + "\n")
     return 0 if all(map(held, rows)) else 1
 
 

@@ -94,7 +94,7 @@ def check_import() -> bool:
         path = os.path.join(folder, "checkpoint.pth")
         subprocess.run([sys.executable, "-m", "benchmarks.check_full_size_torch", "--write", path], check=True)
         size = os.path.getsize(path)
-        jobs = {"models.import_torch": (IMPORT, MOST_SECONDS), "import_torch.py": (CONVERT, float("inf"))}
+        jobs = {"models.import_torch": (IMPORT, MOST_SECONDS), "scripts/convert_torch.py": (CONVERT, float("inf"))}
         found = {name: (*measured_apart(job, path), most) for name, (job, most) in jobs.items()}
     for name, (seconds, peak, most) in found.items():
         print(

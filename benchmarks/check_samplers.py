@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_sampling import scipy_solve
 from jaxtyping import Array, Float
 
 import adaptive
@@ -25,6 +24,7 @@ import evaluation
 import models
 import sampling
 import segments
+from benchmarks.bench_sampling import scipy_solve
 from checkpointing.checkpoint import checkpoint_at
 from sampler import Sampler
 from sampling import SamplerOptions
