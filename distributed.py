@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import flax
 import flax.jax_utils
 import jax
 import numpy as np
@@ -91,8 +90,13 @@ def mean_over_devices(tree: Any) -> Any:
 
 
 def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
-    """A copy of `tree` for each of this host's devices, laid out as `map_devices` returns it: it compiles once."""
-    return flax.jax_utils.replicate(tree, devices or jax.local_devices(), axis_name=AXIS)
+    """A copy of `tree` for each of this host's devices, laid out as `map_devices` returns it: it compiles once.
+
+    By way of the host: stacked on a device, every shape of an array would be a small program to compile.
+    """
+    devices = devices or jax.local_devices()
+    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
+    return jax.tree.map(lambda a: jax.device_put(np.broadcast_to(a, (len(devices), *np.shape(a))), sharding), tree)
 
 
 def split_rows(batches: np.ndarray) -> np.ndarray:
@@ -102,13 +106,13 @@ def split_rows(batches: np.ndarray) -> np.ndarray:
 
 
 def first_copy(tree: Any) -> Any:
-    """The first device's copy of a replicated tree."""
-    return flax.jax_utils.unreplicate(tree)
+    """The first device's copy of a replicated tree, NumPy arrays. Waits for it."""
+    return jax.tree.map(local_copy, tree)
 
 
 def local_copy(result: jax.Array) -> np.ndarray:
     """This host's first device's part of a result [devices, ...] of `map_devices`. Waits for it."""
-    return np.asarray(result.addressable_shards[0].data)[0]
+    return np.asarray(result.addressable_shards[0].data).squeeze(0)
 
 
 def gather(rows: Any) -> Any:
