@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import flax.jax_utils
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Integer, Key
 
 from runtime import HOST_SETTINGS
 from utils import InputError
@@ -26,7 +28,24 @@ AXIS = "devices"  # the name of the mapped axis, over the devices of all hosts
 PREFETCH = 2  # batches on their way to the devices
 MAX_IN_FLIGHT = 2  # calls of a program with collectives that are dispatched and not finished
 
+# Random numbers do not depend on JAX's environment variables: this one has no argument, and 0 would draw others.
+jax.config.update("jax_threefry_partitionable", True)
+
 Item = TypeVar("Item")
+
+
+def random_key(seed: int | Integer[jax.Array, ""]) -> Key[jax.Array, ""]:
+    """The key of `seed` for `jax.random`, of one generator whatever JAX_DEFAULT_PRNG_IMPL says.
+
+    With 'rbg' the numbers of an example would depend on the batch around it.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def check_jax_settings() -> None:
+    """Raises InputError where JAX computes in float64, which changes every number and which no solve is made for."""
+    if jnp.result_type(float) == np.float64:
+        raise InputError("JAX_ENABLE_X64 is set, and float64 would change every number; unset it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _levels_program(centered: bool):
 
 def sample_quality(
     sampler: Sampler, params: Any, count: int, batch_size: int, *, real: RealData, centered: bool
-) -> tuple[dict[str, float | int], Float[np.ndarray, "n h w c"]]:
+) -> tuple[dict[str, float], Float[np.ndarray, "n h w c"]]:
     """Distances between `count` samples and the data, and what the samples cost; as `draw_samples`.
 
     Args:
@@ -120,7 +120,7 @@ def sample_quality(
     return _quality(real, samples), samples.images / np.float32(255)
 
 
-def _quality(real: RealData, samples: DrawnSamples) -> dict[str, float | int]:
+def _quality(real: RealData, samples: DrawnSamples) -> dict[str, float]:
     score = {f"is{real.network.suffix}": inception_score(samples.logits)}
     return {**feature_distances(real, samples.features), **score, **samples.cost.summary()}
 
@@ -282,7 +282,7 @@ def evaluate_checkpoint(
     real: RealData,
     folder: epath.Path,
     references: dict[str, Callable[[], list[Float[np.ndarray, "_ h w c"]]]],
-) -> dict[str, float | int]:
+) -> dict[str, float]:
     """The numbers of one checkpoint by their names in metrics.json; pictures and curves go into `folder`.
 
     All hosts measure together and return the same; the first one draws.

@@ -24,7 +24,7 @@ flags.mark_flags_as_required(["workdir", "config", "mode"])
 
 @runtime.failures_shared()
 def main(argv: list[str]):
-    """Dispatches to `run_lib`; imports it late, so that --help and wrong flags answer at once."""
+    """Dispatches to `run_lib`; imports it late, so that --help answers at once."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")
     config = _config()

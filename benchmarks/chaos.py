@@ -62,7 +62,7 @@ class Stop:
     """A signal, or (None) a disk that runs full, so many seconds after a line of log, counted from 1."""
 
     line: int
-    seconds: float | int
+    seconds: float
     number: signal.Signals | None
 
     @property

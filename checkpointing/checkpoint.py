@@ -131,7 +131,7 @@ def checkpoint_at(path: epath.PathLike, *, ema_rate: float = 0.0) -> CheckpointR
     Raises:
       InputError: nothing there, more than one stage, or metadata that cannot be read.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if path.suffix in TORCH_SUFFIXES:
         return torch_file(path)
     path = _resolved(path)  # once: a run in progress may save another snapshot meanwhile
@@ -141,7 +141,7 @@ def checkpoint_at(path: epath.PathLike, *, ema_rate: float = 0.0) -> CheckpointR
 
 def torch_file(path: epath.PathLike) -> CheckpointRef:
     """The PyTorch checkpoint at `path`, whatever its name is. Nothing is read."""
-    return CheckpointRef(epath.Path(path), metadata.TORCH)
+    return CheckpointRef(epath.Path(path).expanduser(), metadata.TORCH)
 
 
 def _resolved(path: epath.Path) -> epath.Path:

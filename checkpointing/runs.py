@@ -19,9 +19,10 @@ from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 import models
 from checkpointing.metadata import checked_metadata, network_of
 from models.weights import ema_name
-from utils import InputError, absolute, damage_named, disk_error, is_local, read_json, write_json
+from utils import InputError, absolute, damage_named, disk_error, is_local, read_json, user_path, write_json
 
 _SETTINGS = "run.json"
+_DELETED = "deleted"  # the folder, beside the checkpoints, of those that are being removed
 # Limit retries in a bucket to about 15 s (default: 15 minutes), as runtime.BUCKET_SETTINGS. Orbax has no public option.
 ts_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = {"max_retries": 4}
 DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
@@ -53,6 +54,8 @@ class RunCheckpoints:
         tree = jax.device_get(flax.serialization.to_state_dict(state))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), info=ocp.args.JsonSave(metadata))
         with self._named_disk_errors():
+            manager.wait_until_finished()
+            _remove_deleted(epath.Path(manager.directory))
             manager.save(step, args=arguments)
 
     def check(self) -> None:
@@ -66,6 +69,7 @@ class RunCheckpoints:
         with self._named_disk_errors():
             for manager in (self._snapshots, self._latest):
                 manager.wait_until_finished()
+                _remove_deleted(epath.Path(manager.directory))
 
     def check_room(self, like: Any) -> None:
         """Raises InputError where a local disk has no room for one checkpoint more of a state of the shapes `like`."""
@@ -130,13 +134,22 @@ class RunCheckpoints:
 
 
 def _manager(folder, max_to_keep):
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=jax.process_index() == 0)
-    return ocp.CheckpointManager(absolute(folder), options=options)
+    _remove_deleted(epath.Path(folder))
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, cleanup_tmp_directories=jax.process_index() == 0, todelete_subdir=_DELETED
+    )
+    return ocp.CheckpointManager(absolute(user_path(folder)), options=options)
+
+
+def _remove_deleted(folder: epath.Path) -> None:
+    """Removes what orbax has renamed into a folder of its own, so that a kill leaves no half of a checkpoint."""
+    if is_local(folder) and jax.process_index() == 0:
+        shutil.rmtree(folder / _DELETED, ignore_errors=True)
 
 
 def _read_state(folder) -> dict:
     """The state of one checkpoint folder as nested dicts of NumPy arrays."""
-    folder = absolute(folder)
+    folder = absolute(user_path(folder))
     with damage_named(f"{folder}: {DAMAGED}"):
         tree = ocp.PyTreeCheckpointer().restore(folder / "state")
         # Orbax writes nothing for empty trees: clipping has no state, and most runs have one EMA.
@@ -147,7 +160,7 @@ def _read_state(folder) -> dict:
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """The metadata in a checkpoint folder. Reads no array. Raises InputError for an incomplete or corrupt one."""
-    folder = absolute(folder)
+    folder = absolute(user_path(folder))
     with damage_named(f"{folder}: {DAMAGED}"):
         return checked_metadata(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "info"))
 

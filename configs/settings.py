@@ -27,9 +27,9 @@ class Setting:
 
     default: Any
     choices: tuple[Any, ...] = ()
-    least: float | int | None = None
-    most: float | int | None = None
-    above: float | int | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
     may_change: bool = False
     kind: type | None = None
 

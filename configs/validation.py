@@ -21,7 +21,7 @@ class StageValues:
     """The settings whose defaults depend on the stage."""
 
     n_iters: int
-    ema_rate: float | int
+    ema_rate: float
     variable_ema_rate: bool
 
 

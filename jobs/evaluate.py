@@ -114,7 +114,7 @@ class EvaluationPlan:
     teacher: CheckpointRef | None
     teacher_boundaries: np.ndarray | None
     seed: int
-    ema_rate: float | int
+    ema_rate: float
     samplers: list[SamplerPlan]
     measured: Measured
     data: datasets.DataOptions

@@ -69,7 +69,7 @@ class UpdatePlan:
     on_policy: losses.OnPolicy | None
     drops_nonfinite: bool
     accumulate: int
-    ema_rates: tuple[float | int, ...]
+    ema_rates: tuple[float, ...]
     from_ema: bool
 
 
@@ -324,7 +324,7 @@ def _starting_weights(plan: TrainPlan) -> tuple[CheckpointRef | None, models.Wei
 
 def random_weights(network: models.NCSNpp, seed: int) -> models.Weights:
     """Fresh weights, their EMA a copy, Adam's moments zero."""
-    params = models.init_params(network, jax.random.key(seed), network.image_shape)
+    params = models.init_params(network, distributed.random_key(seed), network.image_shape)
     zeros = jax.tree.map(jnp.zeros_like, params)
     return models.Weights(params=params, ema_params=params, mu=zeros, nu=zeros, count=0, step=0)
 

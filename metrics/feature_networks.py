@@ -277,7 +277,7 @@ def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: Class
 
     order = np.random.default_rng(0)
     with on_cpu():
-        params = model.init(jax.random.key(0), jnp.asarray(data.images[:1] / np.float32(255)))["params"]
+        params = model.init(distributed.random_key(0), jnp.asarray(data.images[:1] / np.float32(255)))["params"]
         state = optimizer.init(params)
         for _ in tqdm.trange(recipe.epochs, desc="training a classifier", unit="epoch", leave=False, disable=None):
             for batch in order.permutation(count)[: batches * recipe.batch_size].reshape(batches, -1):

@@ -31,9 +31,9 @@ class Floor:
     reference_samples: int | None
     distances: dict[str, float]
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> dict[str, float]:
         """As metrics.json has them."""
-        found: dict[str, float | int | None] = {**self.distances, "samples": self.samples}
+        found: dict[str, float | None] = {**self.distances, "samples": self.samples}
         found["reference_samples"] = self.reference_samples
         return {f"floor_{name}": value for name, value in found.items() if value is not None}
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 Images = Float[Array, "batch height width channels"]
 Doubled = Float[Array, "batch 2*height 2*width channels"]
 Halved = Float[Array, "batch height//2 width//2 channels"]
-Kernel = Sequence[float | int]
-Taps = Sequence[float | int] | np.ndarray
+Kernel = Sequence[float]
+Taps = Sequence[float] | np.ndarray
 
 
 def normalized_taps(kernel: Kernel) -> Float[np.ndarray, "taps"]:

@@ -24,7 +24,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing requirements.txt and requirements-dev.txt for $accelerator into .venv (about 4 GB)"
-# --no-compile: a minute less; Python compiles the modules that are used when they are first imported.
+# --no-compile: a minute less. What is used is compiled below, also where PYTHONDONTWRITEBYTECODE is set (as in Python's
+# container images): there every start would compile its imports again.
 .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt -r requirements-dev.txt ${extra:+"$extra"}
 .venv/bin/python -m pip check --disable-pip-version-check
+env -u PYTHONDONTWRITEBYTECODE JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 .venv/bin/python -c \
+  'import jax, matplotlib.pyplot, run_lib, scipy.stats, sklearn, tensorflow, tensorflow_datasets, torch, wandb' 2>/dev/null || true
 echo "$wanted" > "$stamp"

@@ -37,7 +37,7 @@ class Model:
     recipe: Recipe
     updates: int = 0
     calls: int = 0
-    seconds: float | int = 0.0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PairSet:
 
     folder: Path
     calls: int
-    seconds: float | int
+    seconds: float
 
 
 class Models:
@@ -64,7 +64,7 @@ class Models:
         config.update_from_flattened_dict(updates)
         return config
 
-    def run(self, folder: Path, name: str, seed: int, options: dict[str, Any], *, is_done: bool) -> float | int:
+    def run(self, folder: Path, name: str, seed: int, options: dict[str, Any], *, is_done: bool) -> float:
         """One job of `main.py --mode=train`, unless it is done; its seconds, kept in `<folder>/seconds_<name>.json`."""
         record = folder / f"seconds_{name}.json"
         seconds = utils.read_json(record, 0.0)
@@ -192,7 +192,7 @@ class Models:
             "training.import_flax": str(start),
         }
 
-    def _train(self, stage: Path, seed: int, updates: int, options: dict[str, Any], record: str) -> float | int:
+    def _train(self, stage: Path, seed: int, updates: int, options: dict[str, Any], record: str) -> float:
         if updates < 1:
             raise ValueError(f"nothing of the budget is left to train {stage}")
         is_done = (stage / "checkpoints" / str(updates)).is_dir()

@@ -16,6 +16,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Programs are compiled with few optimizations, which halves the suite; `optimized` tests take all that users get.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -26,7 +28,7 @@ MODULES = [path.stem for path in ROOT.glob("*.py") if path.stem != "main"]
 PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 
 # The jaxtyping annotations of these modules are checked at every call made in a test.
-install_import_hook(MODULES + PACKAGES, "beartype.beartype")
+install_import_hook(MODULES + PACKAGES, "typechecker.checked")
 
 
 # Modules that take a minute or more come first, so that no worker is left with one of them at the end.

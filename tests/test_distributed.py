@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import socket
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import tiny_config
 
 import distributed
 import losses
 import models
+import run_lib
+import sampler
 import train_step
 from distributed import Host
 from models import layers
@@ -31,6 +35,26 @@ def test_hosts_share_a_batch_and_items():
 def test_a_batch_that_devices_cannot_share_is_refused(batch_size):
     with pytest.raises(InputError, match=f"batch_size = {batch_size} cannot be shared by 6 devices"):
         Host(0, 3, 2).share(batch_size)
+
+
+DRAW = "import distributed, jax; print(jax.random.normal(distributed.random_key(3), (4, 2)).tolist())"
+
+
+def test_random_numbers_are_the_same_whatever_jaxs_environment_says():
+    settings = {"JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg", "JAX_THREEFRY_PARTITIONABLE": "0"}
+    command, environment = [sys.executable, "-c", DRAW], os.environ | settings
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    ours = jax.random.normal(distributed.random_key(3), (4, 2))
+    np.testing.assert_array_equal(np.float32(json.loads(done.stdout)), ours)
+
+
+def test_float64_is_refused(tmp_path):
+    with jax.enable_x64(True):
+        with pytest.raises(InputError, match="JAX_ENABLE_X64 is set"):
+            run_lib.train(tiny_config(), tmp_path)
+        with pytest.raises(InputError, match="JAX_ENABLE_X64 is set"):
+            sampler.load(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_device_computes_its_part_and_knows_the_mean_over_all():

@@ -1,17 +1,20 @@
 """The table, the claims and the page of report, on figures written by the test."""
 
+import contextlib
 import html.parser
+import io
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from report.__main__ import main
+
 FIGURES = {  # folder: (model, sampler, NFE, FID, sequential straightness)
     "1rf_ode": ("1-RF", "ODE", 38, 0.3, 3.0),
     "1rf_euler_2": ("1-RF", "Euler 2", 2, 4.0, 0.0),
@@ -31,9 +34,15 @@ def write(workdir, folder, step=10, **changed):
 
 
 def report(workdir, *options):
-    command = [sys.executable, "-m", "report", *options, workdir]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+    """(exit status, stdout, stderr) of `python -m report ...`."""
+    out, err, arguments = io.StringIO(), io.StringIO(), ["report", *options, str(workdir)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.argv", arguments):
+        try:
+            code = main()
+        except SystemExit as end:
+            print(end, file=sys.stderr)
+            code = 1
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

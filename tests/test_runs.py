@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import pathlib
 import resource
 import shutil
 import types
@@ -15,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import export_file, load_weights, network_config, random_weights, restore
 
 import models
+import run_lib
 import train_step
+import utils
 from checkpointing import runs
 from checkpointing.checkpoint import checkpoint_at
 from checkpointing.metadata import make_metadata
@@ -46,6 +49,44 @@ def saved(folder, config, weights, *steps, keep=True):
     for step in steps:
         kept.save(state_of(weights, step), metadata(config), keep=keep)
     kept.close()
+
+
+def test_a_kill_while_a_snapshot_is_removed_leaves_no_half_of_one(tmp_path, weights, monkeypatch):
+    def killed(folder, **_):
+        if folder.exists():
+            next(path for path in pathlib.Path(folder).rglob("*") if path.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    stage, config, rmtree = tmp_path / "1_rf", network_config(), shutil.rmtree
+    kept = runs.RunCheckpoints(stage, keep_snapshots=1)
+    monkeypatch.setattr(runs.shutil, "rmtree", killed)
+    for step in (1, 2):
+        kept.save(state_of(weights, step), metadata(config), keep=True)
+    with pytest.raises(KeyboardInterrupt):
+        kept.wait()
+    for step in runs.steps_in(stage):
+        assert restore(stage / "checkpoints" / str(step))[0].step == step
+    monkeypatch.setattr(runs.shutil, "rmtree", rmtree)
+    again = runs.RunCheckpoints(stage, keep_snapshots=1)
+    again.save(state_of(weights, 4), metadata(config), keep=True)
+    again.close()
+    assert [path.name for path in (stage / "checkpoints").iterdir()] == ["4"]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*", "a\\b"])
+def test_a_folder_that_reads_as_a_pattern_is_refused_before_any_work(name, tmp_path):
+    with pytest.raises(InputError, match="rename the folder"):
+        run_lib.train(network_config(), tmp_path / name)
+    with pytest.raises(InputError, match="rename the folder"):
+        run_lib.evaluate(network_config(), tmp_path / "run", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_is_known_in_every_path(tmp_path, weights, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_file(tmp_path / "tiny.safetensors", weights, network_config())
+    assert checkpoint_at("~/tiny.safetensors").path == epath.Path(tmp_path) / "tiny.safetensors"
+    assert utils.user_path("~/run") == epath.Path(tmp_path) / "run"
 
 
 def test_a_state_comes_back_bit_for_bit_and_the_latest_counts(tmp_path, weights):

@@ -182,7 +182,7 @@ def plain_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float | int, float | int] = (7, 4.5)) -> tuple[Any, Any]:
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

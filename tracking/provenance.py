@@ -31,7 +31,8 @@ def of_process(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       'command', 'folder' (where it was given), 'config', 'seed', 'commit' and 'dirty' (None outside a clone),
-      'versions', 'xla_flags', and the machine: 'device', 'devices' and 'processes' of the whole job, and 'cpu'.
+      'versions', 'xla_flags', 'jax_settings' (its environment variables), and the machine: 'device', 'devices' and
+      'processes' of the whole job, and 'cpu'.
     """
     script = [os.path.relpath(sys.argv[0])] if sys.argv[0] else []  # none at Python's prompt
     return {
@@ -42,6 +43,7 @@ def of_process(config: dict[str, Any]) -> dict[str, Any]:
         **_code(),
         "versions": _versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("JAX_")},
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),

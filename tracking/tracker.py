@@ -32,7 +32,7 @@ class Tracker:
         name: str,
         config: dict[str, Any],
         primary: bool = True,
-        resume_step: int | float = math.inf,
+        resume_step: float = math.inf,
         file_name: str = "metrics.json",
         prefix: str = "",
     ):
@@ -56,7 +56,7 @@ class Tracker:
         if primary:
             self._wandb = _wandb_run(workdir, name, config)
 
-    def _open(self, path: epath.Path, prefix: str, resume_step: int | float = math.inf):
+    def _open(self, path: epath.Path, prefix: str, resume_step: float = math.inf):
         self._path, self._prefix = path, prefix
         self._lines: dict[int, dict[str, Any]] = {}  # by step
         if self._primary:

@@ -17,7 +17,6 @@ from models.factory import expand_heads
 from models.ncsnpp import NCSNpp, sigma_table
 from models.pytorch import file as torch_file
 from models.pytorch.layout import Entries, Entry, entries_of
-from models.pytorch.options import disagreements
 from models.weights import Weights
 from utils import InputError, atomic_path
 
@@ -91,17 +90,14 @@ def _state_dict(file: dict, entries: Entries, model: NCSNpp) -> dict:
     """The tensors of the network by name, without the prefix, once they are known to be this configuration's."""
     keys = _keys(file["model"])
     state = {name: file["model"][key] for name, key in keys.items()}
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "sigmas"}
     wanted = {entry.name: entry.shape for entry in entries}
-    if shapes != wanted and (differences := disagreements(shapes, model)):
-        raise InputError(f"belongs to another configuration: it has {'; '.join(differences)}")
     # What is missing is named as the file would name it.
     prefix = PREFIX if not keys or any(key.startswith(PREFIX) for key in keys.values()) else ""
     for name in ("sigmas", *wanted):
         if name not in state:
-            raise InputError(f"misses model[{prefix + name!r}]")
+            raise InputError(f"misses model[{prefix + name!r}], which this configuration needs")
         state[name] = torch_file.dense(f"model[{keys[name]!r}]", state[name], wanted.get(name))
-    if surplus := [keys[name] for name in shapes if name not in wanted]:
+    if surplus := [key for name, key in keys.items() if name not in ("sigmas", *wanted)]:
         raise InputError(f"has model[{surplus[0]!r}], which this configuration has not")
     _check_sigmas(f"model[{keys['sigmas']!r}]", state["sigmas"], model)
     return state
