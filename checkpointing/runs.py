@@ -101,7 +101,8 @@ class RunCheckpoints:
         """The latest state, with the structure and shapes of `like`, or None for a new run.
 
         Raises:
-          InputError: the folder holds another network, other segments or another optimiser than `like`.
+          InputError: the folder holds another network, other segments or another optimiser than `like`, or was trained
+            on more or fewer pairs.
         """
         step = self.latest_step()
         if step is None:
@@ -109,10 +110,10 @@ class RunCheckpoints:
         manager = self._snapshots if self._snapshots.latest_step() == step else self._latest
         folder = epath.Path(manager.directory) / str(step)
         saved = read_metadata(folder)
-        for key in ("stage", "k", "boundaries", "teacher"):
-            if saved.get(key) != metadata[key]:
+        for key in ("stage", "k", "boundaries", "teacher", "pairs"):  # "pairs": not in a run of images, or an old one
+            if key in saved and saved[key] != metadata.get(key):
                 raise InputError(
-                    f"{folder} was trained with {key} = {saved.get(key)}, this run has {metadata[key]}; "
+                    f"{folder} was trained with {key} = {saved[key]}, this run has {metadata.get(key)}; "
                     "use another --workdir or the same settings"
                 )
         check_same_network(folder, saved, metadata, "use another --workdir or the same settings")

@@ -121,6 +121,7 @@ class TrainingData:
       teacher: the fingerprint of the weights that made the pairs; None for images.
       folder: of the pairs.
       on_policy: whether batches have "states", for `losses.on_policy_pairs`.
+      count: the pairs and trajectories that it was opened with; None for images.
     """
 
     boundaries: Float[np.ndarray, "boundaries"]
@@ -128,6 +129,7 @@ class TrainingData:
     teacher: str | None = None
     folder: epath.Path | None = None
     on_policy: bool = False
+    count: int | None = None
 
     def check_fit(self, checkpoint: CheckpointRef, weights: models.Weights, *, distills: bool) -> None:
         """Checks that the weights that a reflow stage starts from belong to its pairs.
@@ -227,4 +229,5 @@ def _set_data(config, sets: list[tuple[Any, int]]) -> TrainingData:
 
     (first, _), (last, _) = sets[0], sets[-1]
     on_policy = isinstance(last, TrajectorySet)
-    return TrainingData(first.boundaries, batches, first.manifest.get("teacher"), first.folder, on_policy)
+    count = sum(len(opened) for opened, _ in sets)
+    return TrainingData(first.boundaries, batches, first.manifest.get("teacher"), first.folder, on_policy, count)

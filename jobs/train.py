@@ -300,6 +300,7 @@ def _first_state(plan: TrainPlan, saved: runs.RunCheckpoints) -> tuple[train_ste
     """
     folder, network, stage, data = plan.folder, plan.network, plan.stage, plan.data
     metadata = make_metadata(network, stage.folder, data.boundaries, teacher=data.teacher)
+    metadata |= {} if data.count is None else {"pairs": data.count}
     if saved.latest_step() is not None and (settings := runs.read_settings(folder)):
         check_resume(settings, plan.settings, folder, lambda: _began_with(folder, _starting_weights(plan)[1]))
     like = jax.eval_shape(lambda: _initial_state(plan, random_weights(network, plan.seed), step=0))

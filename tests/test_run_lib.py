@@ -434,6 +434,16 @@ def test_neither_a_resumed_run_nor_a_distillation_takes_the_pairs_of_another_tea
         run_lib.train(reflow_config("train_distill"), tmp_path)
 
 
+def test_a_run_on_part_of_a_set_does_not_go_on_on_more_of_it(workdir, tmp_path):
+    for part in ("1_rf", "samples"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    (tmp_path / inputs.PAIRS / "reflow_batch_2.npz").rename(tmp_path / "later.npz")
+    run_lib.train(reflow_config(training={"reflow_partial": True, "n_iters": 2}), tmp_path)
+    (tmp_path / "later.npz").rename(tmp_path / inputs.PAIRS / "reflow_batch_2.npz")
+    with pytest.raises(InputError, match=r"2_rf.* was trained with pairs = 32, this run has 64"):
+        run_lib.train(reflow_config(training={"reflow_partial": True}), tmp_path)
+
+
 def test_an_evaluation_takes_k_from_the_checkpoint_and_refuses_another(workdir):
     config = reflow_config(training={"reflow_t": 1}, eval={"begin_step": 6})
     config.sampling.method = "pc"
