@@ -178,6 +178,8 @@ def _check_shapes(what: str, tree, shapes):
             )
         if leaves[path].dtype != np.float32:
             raise InputError(f"{what}/{'/'.join(path)} has dtype {leaves[path].dtype}, the network's is float32")
+        if not np.isfinite(leaves[path]).all():
+            raise InputError(f"{what}/{'/'.join(path)} has values that are not finite; choose an earlier checkpoint")
 
 
 def log_source(name: str, weights: models.Weights, *, centered: bool) -> None:

@@ -17,7 +17,7 @@ import sampler
 from report.results import markdown_table
 from study.cells import BENCHES, BEST, ELEMENTS, EXACT_TOL, NFES, PAIR_ELEMENTS, Bench, Cell, Recipe, all_cells
 from study.models import Models
-from study.rows import Row, metric, read_rows
+from study.rows import Row, metric, metric_name, read_rows
 from utils import local_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,15 +252,16 @@ def draw_series(cells: Cells, series: dict[str, list[Key]], x: str, label: str, 
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, (name, title) in zip(axes, {"fid": "FID", "rms": "RMS to the teacher"}.items(), strict=True):
+    for axis, name in zip(axes, ("fid", "rms"), strict=True):
         for line, keys in series.items():
             if not (found := [cells[key] for key in keys if cells.get(key)]):
                 continue
+            axis.set_ylabel(metric_name(found[0][0], name))  # a FID of a classifier's features says so
             values = [latest(rows, name) for rows in found]
             spreads = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
             places = [statistics.mean(latest(rows, x)) for rows in found]
             axis.errorbar(places, list(map(statistics.mean, values)), spreads, fmt="o-", ms=4, capsize=3, label=line)
-        axis.set(xlabel=label, ylabel=title, yscale="log")
+        axis.set(xlabel=label, yscale="log")
         if x == "nfe":
             axis.set_xscale("log", base=2)
             axis.set_xticks(NFES, NFES)

@@ -50,4 +50,9 @@ def metric(row: Row, beginning: str) -> float:
     Raises:
       StopIteration: none does.
     """
-    return next(value for name, value in row.items() if name.startswith(beginning))
+    return row[metric_name(row, beginning)]
+
+
+def metric_name(row: Row, beginning: str) -> str:
+    """The name of that metric in a row. Errors as `metric`."""
+    return next(name for name in row if name.startswith(beginning))

@@ -46,6 +46,15 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, weights, value):
+    spoiled = jax.tree.map(np.copy, weights.ema_params)
+    jax.tree.leaves(spoiled)[3].flat[0] = value
+    exported.write_folder(tmp_path, dataclasses.replace(weights, ema_params=spoiled), metadata())
+    with pytest.raises(InputError, match=r"params/all_modules_.* has values that are not finite"):
+        load_weights(tmp_path, CONFIG)
+
+
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_the_ema_alone_is_loaded_as_raw_weights_with_zero_moments(folder, weights, name):
     loaded = load_weights(folder / name, CONFIG)

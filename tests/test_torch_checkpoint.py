@@ -532,6 +532,17 @@ def test_numbers_that_an_old_file_claims_and_never_lists_are_refused(tmp_path):
     assert "claims more numbers than the file holds" in refusal_of(path, config)
 
 
+def test_one_flipped_bit_of_a_weight_is_refused(tmp_path):
+    config, _, contents = made(updates=0)
+    path = saved(contents, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        member = max((m for m in archive.infolist() if "/data/" in m.filename), key=lambda m: m.file_size)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(zipfile.ZipFile(path).read(member))] ^= 1  # the least of a float's bits
+    path.write_bytes(damaged)
+    assert "is damaged: the checksum of" in refusal_of(path, config)
+
+
 # Options of the configuration that are not the file's, and what the first difference says.
 OTHERS = {
     "nf": ({"nf": 16}, "has shape (32, 8), this configuration needs (64, 16)"),

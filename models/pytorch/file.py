@@ -68,12 +68,19 @@ def _is_archive(path) -> bool:
                 raise InputError("is truncated: the archive's end is missing")
             return False
         try:
-            members = zipfile.ZipFile(stream).infolist()
+            archive = zipfile.ZipFile(stream)
+            members = archive.infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise InputError("is a damaged archive") from error
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
             raise InputError("is a compressed archive, which torch.save does not write")
+        try:
+            damaged = archive.testzip()  # PyTorch looks at no checksum: one flipped bit would be another weight
+        except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError) as error:
+            raise InputError("is a damaged archive") from error
+    if damaged is not None:
+        raise InputError(f"is damaged: the checksum of {damaged} does not match")
     return True
 
 
