@@ -1,5 +1,6 @@
 """The jobs of main.py: each mode checks its configuration, plans its job and hands the plan to a module of `jobs`."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from configs.settings import Config
 from configs.validation import check_batches, check_config, generates_pairs
 from jobs.evaluate import evaluate_checkpoints, evaluation_plan
 from jobs.generate import generate_pairs, generation_plan
+from jobs.lock import exclusive
 from jobs.sample import sample_checkpoint, sample_plan
 from jobs.stages import stage_in, stage_of
 from jobs.train import train_plan, train_stage
@@ -30,10 +32,11 @@ def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", d
     workdir = user_path(workdir)
     _prepare(config, "train")
     if generates_pairs(config):
+        # Several workers may make one set: they share its files, and nothing is locked.
         _run(generate_pairs, generation_plan(config, workdir, log_name), dry_run)
     else:
         stage = stage_of(config, config.training.reflow_mode)
-        _run(train_stage, train_plan(config, workdir, stage, log_name), dry_run)
+        _run(train_stage, train_plan(config, workdir, stage, log_name), dry_run, held=workdir / stage.folder)
 
 
 def evaluate(
@@ -43,14 +46,14 @@ def evaluate(
     workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "eval")
     plan = evaluation_plan(config, workdir, eval_folder, log_name)
-    _run(evaluate_checkpoints, plan, dry_run)
+    _run(evaluate_checkpoints, plan, dry_run, held=workdir / eval_folder)
 
 
 def sample(config: Config, workdir: epath.PathLike, eval_folder: str, *, dry_run: bool = False) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
     workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "sample")
-    _run(sample_checkpoint, sample_plan(config, workdir, eval_folder), dry_run)
+    _run(sample_checkpoint, sample_plan(config, workdir, eval_folder), dry_run, held=workdir / eval_folder)
 
 
 def _checked_folder(workdir: epath.PathLike, eval_folder: str) -> epath.Path:
@@ -79,9 +82,11 @@ def _prepare(config: Config, mode: str) -> None:
     check_batches(config, mode, devices=jax.device_count())
 
 
-def _run(job: Any, plan: Any, dry_run: bool) -> None:
+def _run(job: Any, plan: Any, dry_run: bool, held: epath.Path | None = None) -> None:
+    """Does the job, alone in the folder `held`, or prints what it would do."""
     if not dry_run:
-        job(plan)
+        with exclusive(held) if held else contextlib.nullcontext():
+            job(plan)
     elif distributed.is_first_host():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"
         for name, value in (plan.summary() | {"devices": devices}).items():

@@ -29,6 +29,7 @@ import evaluation
 import runtime
 from checkpointing.checkpoint import checkpoint_at
 from jobs.builders import data_options, reference_options, sampler_options
+from jobs.lock import exclusive
 from metrics.reference import RealData, feature_distances, real_data
 from models import create_model
 from sampler import Sampler
@@ -36,7 +37,7 @@ from sampler import sampler_options as steps_of
 from study.cells import BENCHES, EXACT_TOL, Bench, Cell, all_cells
 from study.models import Model, Models
 from study.rows import RESULTS, Row, append_row, metrics_of, read_rows
-from utils import local_path
+from utils import InputError, local_path
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 256  # noises that are solved together; an adaptive solve shares its steps over them
@@ -172,11 +173,12 @@ def main() -> None:
     arguments = _arguments()
     bench = BENCHES[arguments.bench]
     bench = dataclasses.replace(bench, teacher=arguments.teacher or bench.teacher)
-    study = Study(bench, arguments.workdir.absolute() / bench.name)
+    folder = arguments.workdir.absolute() / bench.name
+    study = Study(bench, folder)
     os.chdir(ROOT)  # the teacher's path is the same in every clone: it is compared when a run goes on
     seeds = tuple(map(int, arguments.seeds.split(","))) if arguments.seeds else bench.seeds
     cells = all_cells(seeds, screening=bench.screening)
-    with runtime.terminal_logging():
+    with runtime.terminal_logging(), exclusive(folder):
         if arguments.verify:
             named = [cell for cell in cells if cell.id == arguments.verify]
             if not named or named[0].id not in {row["cell"] for row in study.rows()}:
@@ -194,4 +196,7 @@ def main() -> None:
 if __name__ == "__main__":
     runtime.set_environment()
     os.environ.setdefault("WANDB_MODE", "disabled")  # hundreds of short runs; the rows are the record
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
