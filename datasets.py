@@ -8,8 +8,9 @@ and devices, so a run that resumes, or moves to another machine, continues with 
 import abc
 import dataclasses
 import functools
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 import distributed
+import utils
 from runtime import tensorflow_on_cpu
 from utils import InputError
 
@@ -40,6 +42,27 @@ PREPARED_HERE = {
     "fashion_mnist": "python -m scripts.prepare_dataset fashion_mnist --from FOLDER --to {folder}",
     "images": "python -m scripts.prepare_dataset images --from FOLDER --to {folder} --size SIZE",
 }
+
+
+# Beside a set of the user's own pictures, whose name and size others may have too: {split: a digest of its files}.
+CONTENTS = "contents.json"
+_OF_CONTENTS = ", contents "
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two identities of image sources are of one data set, as far as both have a digest of its contents."""
+    (one, _, first), (other, _, second) = one.partition(_OF_CONTENTS), other.partition(_OF_CONTENTS)
+    return one == other and (first == second or not first or not second)
+
+
+def digest_contents(files: Iterable[epath.PathLike]) -> str:
+    """A digest of files in their order, for `CONTENTS`."""
+    digest = hashlib.sha256()
+    for path in files:
+        with epath.Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +234,8 @@ class TfdsSource(ImageSource):
         self.size = self._split.num_examples
         self.image_shape = (image_size, image_size, builder.info.features["image"].shape[-1])
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
+        if digest := utils.read_json(epath.Path(builder.data_dir) / CONTENTS, {}).get(split):
+            self.identity += f"{_OF_CONTENTS}{digest}"
 
     def labels(self) -> Int[np.ndarray, "size"]:
         """TFDS's, in the order of the images."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+import datasets
 import segments
 import utils
 from pairs import npz
@@ -107,7 +108,8 @@ def begin_manifest(plan: PairPlan, extra: dict[str, Any] | None = None) -> dict[
     """
     manifest = _read_or_write(plan, extra or {})
     for name, wanted in (DEFAULTS | plan.definition()).items():
-        if (found := value_of(manifest, name)) != wanted:
+        found = value_of(manifest, name)
+        if not (datasets.same_data(found, wanted) if name == "dataset" else found == wanted):
             raise InputError(
                 f"{plan.folder} holds pairs with {name} = {found}, but this run makes them with {wanted}; use the same "
                 "settings, or another workdir"

@@ -270,7 +270,7 @@ def _check_complete(folder, manifest, numbers, partial):
 
 
 def _check_images(manifest, images):
-    if images.identity != manifest["dataset"]:
+    if not datasets.same_data(images.identity, manifest["dataset"]):
         raise InputError(
             f"the pairs were made from {manifest['dataset']} and do not store their noise, which cannot be rebuilt "
             f"from {images.identity}"

@@ -35,7 +35,9 @@ import numpy as np
 import PIL.ImageColor
 from jaxtyping import UInt8
 
+import datasets
 import runtime
+import utils
 from scripts import pictures
 from utils import InputError
 
@@ -98,7 +100,7 @@ def prepare_fashion_mnist(folder: Path, data_dir: str | None) -> str:
     features = tfds.features.FeaturesDict(
         {"image": tfds.features.Image(shape=(SIDE, SIDE, 1)), "label": tfds.features.ClassLabel(names=CLASSES)}
     )
-    return _write("fashion_mnist", "3.0.1", features, splits, data_dir)
+    return str(_write("fashion_mnist", "3.0.1", features, splits, data_dir).data_dir)
 
 
 def picture_records(paths: list[Path], folder: Path, rendering: pictures.Rendering, skipped: list) -> Iterator[tuple]:
@@ -158,10 +160,12 @@ def prepare_images(folder: Path, data_dir: str, rendering: pictures.Rendering) -
 
     shape = (rendering.size, rendering.size, 3)
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape, encoding_format="png")})
-    written = _write("images", "1.0.0", features, {"train": itertools.chain([first], records)}, data_dir)
+    builder = _write("images", "1.0.0", features, {"train": itertools.chain([first], records)}, data_dir)
+    digest = datasets.digest_contents(builder.info.splits["train"].filepaths)
+    utils.write_json(Path(builder.data_dir) / datasets.CONTENTS, {"train": digest})
     paths = {error.path for error in skipped}
     recorded = {path.relative_to(folder): found for path, found in facts.items() if path not in paths}
-    return "\n".join([written, _picture_counts(recorded), _skipped_counts(skipped)])
+    return "\n".join([str(builder.data_dir), _picture_counts(recorded), _skipped_counts(skipped)])
 
 
 def _picture_counts(facts: dict[Path, pictures.Facts]) -> str:
@@ -201,8 +205,8 @@ def _check_free(name, version, data_dir) -> None:
         raise InputError(f"{data_dir / name / version} exists; remove it to prepare the data set again")
 
 
-def _write(name, version, features, splits, data_dir) -> str:
-    """Writes a TFDS data set, under another name until it is complete."""
+def _write(name, version, features, splits, data_dir):
+    """The builder of a new TFDS data set, written under another name until it is complete."""
     runtime.tensorflow_on_cpu()
     import tensorflow_datasets as tfds
 
@@ -211,7 +215,7 @@ def _write(name, version, features, splits, data_dir) -> str:
     builder = tfds.dataset_builders.store_as_tfds_dataset(
         name=name, version=version, features=features, split_datasets=splits, data_dir=data_dir
     )
-    return str(builder.data_dir)
+    return builder
 
 
 def chosen_rendering(options: argparse.Namespace) -> pictures.Rendering:

@@ -1,5 +1,6 @@
 """manifest.json: what is accepted, what is refused, and who writes it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,20 @@ import segments
 from pairs import manifest as pairmanifest
 from pairs.reader import PairSet
 from utils import InputError
+
+
+def test_contents_of_the_images_are_compared_where_both_have_a_digest(tmp_path):
+    def plan(name, contents):
+        made = pair_maker.plan(tmp_path / name)
+        return dataclasses.replace(made, dataset=made.dataset + contents)
+
+    pairmanifest.begin_manifest(plan("older", ""))
+    pairmanifest.begin_manifest(plan("older", ", contents 0f"))  # half made before there were digests
+    pairmanifest.begin_manifest(plan("newer", ", contents 0f"))
+    with pytest.raises(
+        InputError, match=r"pairs with dataset = .*contents 0f, but this run makes them with .*contents 1"
+    ):
+        pairmanifest.begin_manifest(plan("newer", ", contents 1e"))
 
 
 def test_an_empty_folder_and_a_damaged_manifest_are_refused(copied_set, tmp_path):

@@ -186,6 +186,23 @@ def test_pictures_are_stored_alike_wherever_they_lie(tmp_path, capsys):
     assert contents[0] == contents[1]
 
 
+def test_two_sets_of_one_name_size_and_count_are_told_apart(tmp_path, capsys):
+    rng, found = np.random.default_rng(0), {}
+    for name, low in (("dark", 0), ("bright", 128)):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            noise = rng.integers(low, low + 128, (16, 16, 3), np.uint8)
+            PIL.Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+        assert run(capsys, "images", "--from", tmp_path / name, "--to", tmp_path / f"{name}_tfds", "--size", 16)[0] == 0
+        found[name] = datasets.image_source(data("IMAGES", tmp_path / f"{name}_tfds", 16, 3)).identity
+    assert not datasets.same_data(found["dark"], found["bright"])
+    (tmp_path / "dark_tfds/images/1.0.0" / datasets.CONTENTS).unlink()
+    older = datasets.image_source(data("IMAGES", tmp_path / "dark_tfds", 16, 3)).identity
+    assert "contents" not in older
+    assert found["dark"].startswith(older)
+    assert datasets.same_data(older, found["dark"])  # a set prepared before is compared as before
+
+
 @pytest.mark.parametrize(
     ("size", "content", "expected"), [(0, b"", "--size 0"), (8, None, "no readable picture"), (8, b"x", "no readable")]
 )
