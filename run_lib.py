@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", d
         _run(generate_pairs, generation_plan(config, workdir, log_name), dry_run)
     else:
         stage = stage_of(config, config.training.reflow_mode)
-        _run(train_stage, train_plan(config, workdir, stage, log_name), dry_run, held=workdir / stage.folder)
+        _run(train_stage, train_plan(config, workdir, stage, log_name), dry_run, held=[workdir / stage.folder])
 
 
 def evaluate(
@@ -46,14 +47,14 @@ def evaluate(
     workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "eval")
     plan = evaluation_plan(config, workdir, eval_folder, log_name)
-    _run(evaluate_checkpoints, plan, dry_run, held=workdir / eval_folder)
+    _run(evaluate_checkpoints, plan, dry_run, held=[part.folder for part in plan.samplers])
 
 
 def sample(config: Config, workdir: epath.PathLike, eval_folder: str, *, dry_run: bool = False) -> None:
     """--mode=sample: samples of one checkpoint, as `jobs.sample.sample_checkpoint`."""
     workdir = _checked_folder(workdir, eval_folder)
     _prepare(config, "sample")
-    _run(sample_checkpoint, sample_plan(config, workdir, eval_folder), dry_run, held=workdir / eval_folder)
+    _run(sample_checkpoint, sample_plan(config, workdir, eval_folder), dry_run, held=[workdir / eval_folder])
 
 
 def _checked_folder(workdir: epath.PathLike, eval_folder: str) -> epath.Path:
@@ -82,10 +83,12 @@ def _prepare(config: Config, mode: str) -> None:
     check_batches(config, mode, devices=jax.device_count())
 
 
-def _run(job: Any, plan: Any, dry_run: bool, held: epath.Path | None = None) -> None:
-    """Does the job, alone in the folder `held`, or prints what it would do."""
+def _run(job: Any, plan: Any, dry_run: bool, held: Sequence[epath.Path] = ()) -> None:
+    """Does the job, alone in the folders `held`, or prints what it would do."""
     if not dry_run:
-        with exclusive(held) if held else contextlib.nullcontext():
+        with contextlib.ExitStack() as alone:
+            for folder in held:
+                alone.enter_context(exclusive(folder))
             job(plan)
     elif distributed.is_first_host():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"

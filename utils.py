@@ -201,6 +201,13 @@ def atomic_path(path: epath.PathLike, *, overwrite: bool = True) -> Iterator[epa
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes what killed writers of `atomic_path` left in a local folder, where nobody else writes now."""
+    if is_local(folder):
+        for path in pathlib.Path(folder).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def _rename_to_new(temporary, path):
     """Gives the file the name `path` unless that exists: a rename would replace it."""
     if is_local(path):

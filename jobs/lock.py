@@ -29,6 +29,8 @@ _WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 def exclusive(folder: epath.PathLike) -> Iterator[None]:
     """Holds the results in `folder` for this job while the block runs; the first host does for all.
 
+    Temporary files that a killed job left in it are removed.
+
     On a disk the operating system frees the lock when its process ends, however it ends. In a bucket, and on network
     disks without flock, it is a file that is renewed: what a killed process leaves is void after VOID seconds.
 
@@ -44,6 +46,7 @@ def exclusive(folder: epath.PathLike) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         if not utils.is_local(path) or not _take_flock(path, held):
             held.enter_context(_lease(path))
+        utils.remove_leftovers(folder)
         yield
 
 

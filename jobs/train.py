@@ -40,6 +40,8 @@ from tracking.tracker import Tracker
 
 logger = logging.getLogger("seqrf")
 
+LOSSES = "loss.png"  # the picture of all losses, in a stage's folder
+
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
@@ -266,7 +268,7 @@ def train_stage(plan: TrainPlan) -> None:
         if distributed.is_first_host():
             runs.write_settings(folder, plan.settings)
         has_snapshot = start in runs.steps_in(folder)
-        if start >= n_iters and has_snapshot and _is_drawn(plan, start):
+        if start >= n_iters and has_snapshot and _is_drawn(plan, start) and _has_loss_picture(folder):
             logger.info("%s has its %d updates already", folder, start)
             return
         saved.check_room(state)
@@ -461,6 +463,12 @@ def _is_drawn(plan: TrainPlan, step: int) -> bool:
     return distributed.agreed(not plan.snapshots.is_drawn or _picture_of(plan.folder, step).exists())
 
 
+def _has_loss_picture(folder: epath.Path) -> bool:
+    """Whether nothing is left to draw of the losses, on every host."""
+    logged = any("loss" in line for line in utils.read_json(folder / "metrics.json", []))
+    return distributed.agreed((folder / LOSSES).exists() or not logged)
+
+
 def _draw_snapshot(run: _Run, state: train_step.TrainState):
     """Measures and draws a snapshot on all hosts; the picture comes last, as the mark of a finished one."""
     plan, wanted, step = run.plan, run.plan.snapshots, int(state.step)
@@ -490,4 +498,4 @@ def _draw_losses(run: _Run):
     lines = [line for line in run.tracker.history if "loss" in line]
     if lines:
         steps, values = [line["step"] for line in lines], [line["loss"] for line in lines]
-        plots.draw_loss(run.plan.folder / "loss.png", steps, values)
+        plots.draw_loss(run.plan.folder / LOSSES, steps, values)

@@ -24,7 +24,7 @@ from jobs.stages import stage_in
 from models.weights import fingerprint
 from report.results import markdown_table
 from tracking import plots
-from utils import InputError, atomic_path, local_path, read_json
+from utils import InputError, atomic_path, local_path, read_json, remove_leftovers
 
 PAPER = "https://arxiv.org/abs/2402.06461"
 ADAPTIVE = {"tol": 1e-3}
@@ -166,6 +166,8 @@ Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata
 def export(options: argparse.Namespace) -> None:
     """Writes the folder. Raises InputError where RUN is no model or OUT is something else."""
     out = options.out
+    if out.is_dir():
+        remove_leftovers(out)  # of an export that was killed
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
         raise InputError(f"{out} exists and holds something else; name a new folder")
     checkpoint = checkpoint_at(options.run, ema_rate=options.ema_rate)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import struct
 
 import jax
@@ -235,6 +236,11 @@ def test_the_script_writes_a_folder_for_a_hub_with_the_metrics_of_these_weights(
     assert "bash train.sh" in text
     assert "/home/me" not in (out / "config.json").read_text() + text
     assert export.main([str(folder), str(out), "--images", "0"]) == 0  # again
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / ".model.safetensors.0f0f0f0f.tmp").write_bytes(b"{")  # what a kill left
+    assert export.main([str(folder), str(out), "--images", "0"]) == 0
+    assert not list(out.glob(".*"))
 
 
 def test_a_card_has_a_table_for_each_way_of_measuring():

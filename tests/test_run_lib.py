@@ -341,6 +341,10 @@ def test_a_checkpoint_whose_picture_a_kill_prevented_is_drawn_later(workdir):
     run_lib.train(tiny_config(training=PICTURES), workdir)
     assert picture.read_bytes() == drawn
     assert losses_drawn.exists()
+    losses_drawn.rename(workdir / "1_rf" / ".loss.png.0f0f0f0f.tmp")  # killed just before it got its name
+    run_lib.train(tiny_config(training=PICTURES), workdir)
+    assert losses_drawn.exists()
+    assert not list((workdir / "1_rf").glob(".*"))
 
 
 def test_given_weights_are_kept_counted_on_and_saved_on_the_grid_of_steps(workdir, tmp_path):
