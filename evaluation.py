@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 import datasets
 import distributed
 import utils
-from metrics import distances, reference
+from metrics import distances, reference, tfgan
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from metrics.feature_networks import FeatureNetwork
 from metrics.floor import Floor
@@ -307,6 +307,9 @@ def evaluate_checkpoint(
         centered=protocol.centered,
         kept_images=max(SHOWN_IMAGES, protocol.nearest_samples),
     )
+    quality = _quality(real, samples)
+    if real.network.name == "inception" and real.features is not None and len(real.features) == real.count:
+        quality |= tfgan.beside(quality, real.features, samples.features, samples.logits)
     nearest = _nearest(real, samples, protocol.nearest_samples)
     if distributed.is_first_host():
         plots.draw_images(folder / "samples.png", samples.images[:SHOWN_IMAGES] / np.float32(255))
@@ -319,7 +322,7 @@ def evaluate_checkpoint(
         "sequential_straightness": metrics.sequential_straightness,
     }
     return {
-        **_quality(real, samples),
+        **quality,
         **straightness,
         **errors,
         **_precision_recall(real, samples, protocol.precision_recall_samples),

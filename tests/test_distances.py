@@ -9,9 +9,9 @@ import scipy.linalg
 import tensorflow as tf
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
-from tfgan_compat import tensorflow_gan
 
 from metrics import distances
+from metrics.tfgan import tensorflow_gan
 
 
 def random_features(n, d, seed, shift=0.0):

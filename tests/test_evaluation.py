@@ -183,6 +183,11 @@ def test_an_evaluation_finds_the_nearest_training_images_and_draws_them(tmp_path
     )
     assert (found["precision_raw"], found["recall_raw"]) == expected
     assert (tmp_path / "step" / "nearest.png").stat().st_size > 1000
+    assert "fid_tfgan" not in found
+    judged = dataclasses.replace(real, network=dataclasses.replace(network, name="inception"))
+    found = evaluation.evaluate_checkpoint(tested, GAUSSIAN, protocol, judged, epath.Path(tmp_path / "step"), {})
+    assert found["fid_tfgan"] == pytest.approx(found["fid"], rel=1e-3)
+    assert found["is_tfgan"] == pytest.approx(found["is"], rel=1e-3)
     pairs = evaluation._nearest(real, dataclasses.replace(samples_of(levels), features=raw_pixels(levels)[0]), 6)
     assert pairs["pixels"].images[3] == pairs["features"].images[3] == 17
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from tfgan_compat import tensorflow_gan
 
 import datasets
 from metrics import inception, reference
+from metrics.tfgan import tensorflow_gan
 from utils import InputError
 
 
