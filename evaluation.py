@@ -121,7 +121,8 @@ def sample_quality(
 
 
 def _quality(real: RealData, samples: DrawnSamples) -> dict[str, float]:
-    score = {f"is{real.network.suffix}": inception_score(samples.logits)}
+    has_classes = samples.logits.shape[1] > 1
+    score = {f"is{real.network.suffix}": inception_score(samples.logits)} if has_classes else {}
     return {**feature_distances(real, samples.features), **score, **samples.cost.summary()}
 
 

@@ -36,11 +36,11 @@ class Options:
     """Where features and statistics of real images come from.
 
     Attributes:
-      inception_path: folder of a SavedModel of Inception; 'none' for TF-GAN's handle on TF-Hub.
+      inception_path: folder of a SavedModel of Inception; 'none' for its handle on TF-Hub.
       feature_backend: what runs Inception, see `metrics.inception.inception`.
       file: an npz file of them; 'none': the data set's own training images.
       max_real: how many of those; 0: all.
-      network: 'auto', or 'pixels' for `feature_networks.pixel_network`.
+      network: 'auto', 'inception_v3' for `metrics.inception.V3`, or 'pixels' for `feature_networks.pixel_network`.
     """
 
     inception_path: str = "none"
@@ -141,9 +141,10 @@ def feature_network(
     """
     if options.network == "pixels":
         return feature_networks.pixel_network()
-    if data.num_channels == 1:
+    if data.num_channels == 1 and options.network == "auto":
         return feature_networks.label_classifier(data, cache_dir)
-    return inception.inception(options.inception_path, options.feature_backend)
+    kind = inception.V3 if options.network == "inception_v3" else inception.TFGAN
+    return inception.inception(options.inception_path, options.feature_backend, kind)
 
 
 def image_features(

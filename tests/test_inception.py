@@ -1,5 +1,6 @@
 """Inception from a folder or TF-Hub, run by TensorFlow and by JAX, and the errors that users see."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -58,6 +59,34 @@ def test_inception_from_a_folder(tiny_inception, backend):
     np.testing.assert_allclose(logits[:, 0], found.mean(1), atol=1e-6)  # its images were 299 pixels high
 
 
+class FeatureVector(tf.Module):
+    """As TF-Hub's feature vectors: the features by themselves."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+    def __call__(self, images):
+        size = tf.cast(tf.shape(images)[1], tf.float32)
+        return tf.concat([tf.reduce_mean(images, [1, 2]), tf.fill([tf.shape(images)[0], 1], size)], axis=1)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_inception_v3_is_given_images_as_they_are_and_has_no_classes(tmp_path, backend, tiny_inception):
+    tf.saved_model.save(FeatureVector(), str(tmp_path))
+    options = reference.Options(str(tmp_path), backend, network="inception_v3")
+    network = reference.feature_network(PHOTOGRAPHS, options)
+    assert (network.name, network.suffix, network.preprocessing) == (
+        "inception_v3",
+        "_inception_v3",
+        "scaled to [0, 1]",
+    )
+    images = np.random.default_rng(0).integers(0, 256, (70, 40, 40, 3), np.uint8)
+    found, logits = network.features_and_logits(images)
+    np.testing.assert_allclose(found[:, :3], images.mean((1, 2)) / 255, rtol=1e-5)
+    assert set(found[:, 3]) == {40}  # not resized
+    assert logits.shape == (70, 1)
+    with pytest.raises(InputError, match=r"is not an Inception network: it gives .* its features alone"):
+        reference.feature_network(PHOTOGRAPHS, dataclasses.replace(options, inception_path=tiny_inception))
+
+
 def test_inceptions_identity_is_its_content(tiny_inception, tmp_path):
     tf.saved_model.save(HalfInception(), str(tmp_path))
     folders = [inception.epath.Path(folder) for folder in (tiny_inception, tmp_path)]
@@ -81,8 +110,8 @@ def test_a_folder_without_inception_is_an_error(tmp_path):
 
 
 def test_the_handle_is_tf_gans():
-    assert tensorflow_gan().eval.INCEPTION_TFHUB == inception.HANDLE
-    assert tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE == inception.SIZE
+    assert inception.TFGAN.handle == tensorflow_gan().eval.INCEPTION_TFHUB
+    assert inception.TFGAN.size == tensorflow_gan().eval.INCEPTION_DEFAULT_IMAGE_SIZE
 
 
 def test_inception_out_of_reach_is_an_error_with_the_remedy(tmp_path, monkeypatch):
@@ -111,7 +140,7 @@ def test_inception_in_tf_hubs_cache_needs_no_network(tiny_inception, tmp_path, m
     monkeypatch.setattr(inception, "_answers", lambda url, seconds: False)
     from tensorflow_hub import compressed_module_resolver
 
-    name = Path(compressed_module_resolver._module_dir(inception.HANDLE)).name
+    name = Path(compressed_module_resolver._module_dir(inception.TFGAN.handle)).name
     os.symlink(tiny_inception, tmp_path / name)
     assert inception.inception("none").features_and_logits(np.zeros((2, 8, 8, 3), np.uint8))[0].shape == (2, 3)
 
@@ -181,7 +210,7 @@ def test_both_backends_compute_the_same_features(small_inception, monkeypatch):
 
 def test_the_jax_program_has_whole_precision_and_belongs_to_no_platform(small_inception, caplog):
     model = inception._load(inception.epath.Path(small_inception))
-    text = inception.portable_program(model, 2).mlir_module()
+    text = inception.portable_program(model, (2, 299, 299, 3)).mlir_module()
     products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot)", line)]
     assert len(products) == 4
     assert all(line.count("HIGHEST") == 2 for line in products), products
