@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -78,7 +79,7 @@ def local_path(text: str) -> pathlib.Path:
     """
     if not is_local(text):
         raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a folder on a disk and copy it from or to there")
-    return pathlib.Path(text)
+    return pathlib.Path(text).expanduser()
 
 
 @contextlib.contextmanager
@@ -143,7 +144,7 @@ def damage_named(what: str) -> Iterator[None]:
 
 
 def check_writable(*folders: epath.PathLike) -> None:
-    """Makes the folders, and a small file in each, which is removed again.
+    """Makes the folders, and a small file in each, which is removed again: on a disk one without a name, if it can.
 
     Raises:
       InputError: a folder cannot be made or written.
@@ -153,6 +154,10 @@ def check_writable(*folders: epath.PathLike) -> None:
             with os_errors():
                 _check_bucket(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                if is_local(folder):
+                    with tempfile.TemporaryFile(dir=folder) as unnamed:
+                        unnamed.write(b"?")
+                    continue
                 probe = folder / f".writable.{uuid.uuid4().hex[:8]}.tmp"
                 try:
                     probe.write_bytes(b"?")

@@ -74,7 +74,7 @@ def load_weights(vgg_path: epath.PathLike, heads_path: epath.PathLike) -> dict[s
 
 
 def _read(path, shapes, what: str, unused: str | None = None) -> dict[str, np.ndarray]:
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     with torch_file.errors_named(f"{what} {path}"):
         file = torch_file.load(path)
         if not isinstance(file, dict):

@@ -7,6 +7,9 @@
 The first needs torch once; afterwards --config.training.import_flax=cifar10_1rf.safetensors starts from it without. The
 second takes a run's folder, one of its stages or checkpoints, or an exported file, of k = 1. Exit status 2 and one line
 if the checkpoint is not what the configuration describes.
+
+A public one-step model (2-RF, distilled) was trained for the whole step z + v, Euler here takes z + 0.999 v
+(docs/method.md, section 10).
 """
 
 import argparse

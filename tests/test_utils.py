@@ -183,6 +183,11 @@ def test_a_bucket_that_does_not_exist_is_refused(tmp_path, monkeypatch):
         utils.check_writable("gs://bucket/run")
 
 
+def test_a_path_in_the_home_folder_is_found_by_scripts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(utils.local_path("~/runs")) == "/home/me/runs"
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     utils.check_writable(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
