@@ -326,12 +326,12 @@ def _measure(
         "images_per_second": 1000 / values["seconds_per_1000"],
     }
     named = {"step": checkpoint.step, "model": plan.model_name, "sampler": sampler.name}
-    if distributed.is_first_host():
-        utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
     tracker.log(checkpoint.step, values)
     builders.log_pictures(tracker, checkpoint.step, folder)
     tracker.record(record)
     tracker.flush()
+    if distributed.is_first_host():  # last: it says that the checkpoint is measured, and its line is in the history
+        utils.write_json(folder / "metrics.json", {**named, **values, "settings": settings, "provenance": record})
 
 
 def _protocol(

@@ -22,6 +22,7 @@ import reflow
 import run_lib
 import runtime
 import train_step
+import utils
 from benchmarks import torch_twin
 from checkpointing import runs
 from checkpointing.checkpoint import checkpoint_at
@@ -234,6 +235,23 @@ def test_a_stopped_evaluation_keeps_what_is_measured(workdir, monkeypatch):
         run_lib.evaluate(config, workdir, "stopped")
     assert [path.name for path in (workdir / "stopped").glob("step_*")] == ["step_0"]
     assert [line["step"] for line in json.loads((workdir / "stopped" / "metrics.json").read_text())] == [0]
+
+
+def test_an_evaluation_killed_before_its_history_is_written_has_it_in_the_end(workdir, monkeypatch):
+    config = reflow_config(eval={"begin_step": 4, "end_step": 4}, sampling={"method": "pc"})
+    write = utils.write_json
+
+    def killed(path, content, **options):
+        if path == epath.Path(workdir / "history" / "metrics.json"):
+            raise KeyboardInterrupt
+        write(path, content, **options)
+
+    monkeypatch.setattr(utils, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.evaluate(config, workdir, "history")
+    monkeypatch.setattr(utils, "write_json", write)
+    run_lib.evaluate(config, workdir, "history")
+    assert [line["step"] for line in json.loads((workdir / "history" / "metrics.json").read_text())] == [4]
 
 
 def test_only_the_latest_snapshots_are_kept_where_asked_and_a_shorter_run_is_finished(workdir, tmp_path):
