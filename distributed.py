@@ -28,7 +28,7 @@ AXIS = "devices"  # the name of the mapped axis, over the devices of all hosts
 PREFETCH = 2  # batches on their way to the devices
 MAX_IN_FLIGHT = 2  # calls of a program with collectives that are dispatched and not finished
 
-# Random numbers do not depend on JAX's environment variables: this one has no argument, and 0 would draw others.
+# JAX_THREEFRY_PARTITIONABLE=0 would draw other numbers, and jax.random has no argument for it.
 jax.config.update("jax_threefry_partitionable", True)
 
 Item = TypeVar("Item")

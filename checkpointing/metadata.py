@@ -2,8 +2,8 @@
 
 A dict, as JSON has it: "stage", "k", "boundaries", "source" (where the starting weights came from), "teacher" (the
 `fingerprint` of the weights that made the pairs), "data" and "model" (`models.network_identity`); of checkpoints of a
-run also "start" (the `start_fingerprint` of what it began with) and "pairs" (how many it is trained on, of a stage that
-is: a set that was not complete may have grown). docs/method.md, section 9.
+run also "start" (the `start_fingerprint` of what it began with) and, of a stage that learns from pairs, "pairs" (their
+number: an incomplete set may grow later). docs/method.md, section 9.
 """
 
 import re

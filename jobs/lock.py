@@ -96,6 +96,9 @@ def _lease(path: epath.Path) -> Iterator[None]:
                 logger.warning("%s could not be renewed: %s", path, error.strerror)
 
     utils.write_json(path, own | {"renewals": 0})
+    time.sleep(VOID / 30)  # of two that find no lease at the same moment, the later one's is there afterwards
+    if (now := utils.read_json(path, {})).get("token") != own["token"]:
+        raise _in_use(path, str(now.get("holder", "another process"))[:200])
     renewing = threading.Thread(target=renew, daemon=True)
     renewing.start()
     try:

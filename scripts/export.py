@@ -20,11 +20,12 @@ from typing import Any
 import sampler
 from checkpointing import exported
 from checkpointing.checkpoint import checkpoint_at
+from jobs.lock import exclusive
 from jobs.stages import stage_in
 from models.weights import fingerprint
 from report.results import markdown_table
 from tracking import plots
-from utils import InputError, atomic_path, local_path, read_json, remove_leftovers
+from utils import InputError, atomic_path, local_path, read_json
 
 PAPER = "https://arxiv.org/abs/2402.06461"
 ADAPTIVE = {"tol": 1e-3}
@@ -166,8 +167,6 @@ Stage `{metadata["stage"]}`{f", started from `{metadata['source']}`" if metadata
 def export(options: argparse.Namespace) -> None:
     """Writes the folder. Raises InputError where RUN is no model or OUT is something else."""
     out = options.out
-    if out.is_dir():
-        remove_leftovers(out)  # of an export that was killed
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / exported.WEIGHTS).is_file())):
         raise InputError(f"{out} exists and holds something else; name a new folder")
     checkpoint = checkpoint_at(options.run, ema_rate=options.ema_rate)
@@ -199,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=16, help="samples in the card's picture; 0: no picture")
     options = parser.parse_args(arguments)
     try:
-        export(options)
+        with exclusive(options.out):
+            export(options)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

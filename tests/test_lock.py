@@ -1,5 +1,6 @@
 """The lock on a folder of results: two at once, a killed holder, and disks without flock."""
 
+import concurrent.futures
 import errno
 import os
 import signal
@@ -74,6 +75,24 @@ def test_without_flock_a_lease_that_a_kill_left_is_void_after_its_time(tmp_path,
     with lock.exclusive(tmp_path / "1_rf"):
         assert time.monotonic() - started >= lock.VOID
     assert not list(tmp_path.glob(".*"))
+
+
+def test_without_flock_one_of_two_that_start_together_is_refused(tmp_path, no_flock):
+    both, held, refused = threading.Barrier(2), [], []
+
+    def start(_):
+        both.wait()
+        try:
+            with lock.exclusive(tmp_path / "1_rf"):
+                held.append(True)
+                both.wait()  # for the other one's refusal
+        except InputError:
+            refused.append(True)
+            both.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(start, range(2)))
+    assert (held, refused) == ([True], [True])
 
 
 def test_without_flock_a_holder_that_ends_meanwhile_is_followed_at_once(tmp_path, no_flock, monkeypatch):

@@ -14,6 +14,8 @@ from etils import epath
 
 from utils import InputError
 
+_DAMAGED_ARCHIVE = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError)  # what zipfile raises for one
+
 
 class _PlainDtype:
     """Stands in for `numpy.dtype` while unpickling: numbers only, no fields, no objects, no sizes to allocate."""
@@ -70,14 +72,14 @@ def _is_archive(path) -> bool:
         try:
             archive = zipfile.ZipFile(stream)
             members = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except _DAMAGED_ARCHIVE as error:
             raise InputError("is a damaged archive") from error
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
             raise InputError("is a compressed archive, which torch.save does not write")
         try:
             damaged = archive.testzip()  # PyTorch looks at no checksum: one flipped bit would be another weight
-        except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError) as error:
+        except _DAMAGED_ARCHIVE as error:
             raise InputError("is a damaged archive") from error
     if damaged is not None:
         raise InputError(f"is damaged: the checksum of {damaged} does not match")
