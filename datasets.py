@@ -234,7 +234,7 @@ class TfdsSource(ImageSource):
         self.size = self._split.num_examples
         self.image_shape = (image_size, image_size, builder.info.features["image"].shape[-1])
         self.identity = f"{self.name} {self._split.num_bytes} bytes, {self.size} x {self.image_shape}, crop {crop}"
-        if digest := utils.read_json(epath.Path(builder.data_dir) / CONTENTS, {}).get(split):
+        if digest := utils.read_json(epath.Path(builder.data_dir) / CONTENTS, dict[str, str], {}).get(split):
             self.identity += f"{_OF_CONTENTS}{digest}"
 
     def labels(self) -> Int[np.ndarray, "size"]:

@@ -359,7 +359,7 @@ def mark_best(folder: epath.Path, step: int) -> None:
     def measured_as(entry: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in entry["settings"].items() if name != "weights"}
 
-    found = {path.parent.name: utils.read_json(path, None) for path in folder.glob("step_*/metrics.json")}
+    found = {path.parent.name: utils.valid_json(path, dict[str, Any]) for path in folder.glob("step_*/metrics.json")}
     last = found[f"step_{step}"]
     fid = next(name for name in last if name.startswith("fid"))
     comparable = [e for e in found.values() if e and measured_as(e) == measured_as(last) and e[fid] is not None]

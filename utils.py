@@ -2,22 +2,47 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
+import itertools
 import json
+import lzma
 import math
 import os
 import pathlib
 import re
+import struct
 import sys
 import tempfile
+import threading
+import tokenize
+import types
+import typing
 import uuid
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
+MOST_JSON = 2**24  # bytes of a file: a manifest of 80,000 pair files has as many
+MOST_LEVELS = 50  # of lists and dicts in each other
+SMALL_ARRAY = 2**24  # bytes; a larger one is ...
+MOST_COMPRESSED = 32  # ... at most as many times larger than its file
+ZIP_ERRORS = (
+    zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, lzma.LZMAError, RuntimeError,
+    NotImplementedError, OverflowError,
+)  # fmt: skip
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# NumPy parses headers with `ast`, which in Python 3.11 is not thread-safe (SystemError: AST constructor recursion depth
+# mismatch).
+_PARSING_HEADER = threading.Lock()
+_HEADER_ERRORS = (
+    SyntaxError, TypeError, AttributeError, ValueError, MemoryError, RecursionError, tokenize.TokenError,
+)  # fmt: skip
 UNSUPPORTED_LINK = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 # TensorFlow's errors that have a counterpart among those of a disk.
 REMOTE_ERRORS = {"NotFoundError": (FileNotFoundError, errno.ENOENT), "PermissionDeniedError": (OSError, errno.EACCES)}
@@ -260,13 +285,188 @@ def write_json(path: epath.PathLike, value: Any, *, overwrite: bool = True) -> N
         file.write((json.dumps(finite(value), indent=1) + "\n").encode())
 
 
-def read_json(path: epath.PathLike, default: Any) -> Any:
-    """The content of a JSON file; `default` where there is no such file or it is damaged.
+# --- files that somebody else may have written ------------------------------------------------------------------------
+
+
+def open_plain(path: epath.PathLike, *, buffered: bool = True) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """The file, open for reading; on a disk without Python's buffer, if asked for.
 
     Raises:
+      InputError: a pipe or a device, which could be read for ever.
+      OSError: it cannot be opened.
+    """
+    path = epath.Path(path).expanduser()
+    if is_local(path) and path.exists() and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path} is no plain file, but a pipe or a device; give a file")
+    return path.open("rb") if buffered or not is_local(path) else typing.cast(IO[bytes], io.FileIO(path))
+
+
+def parse_json(content: str | bytes, kind: Any = Any) -> Any:
+    """The value of a JSON text of the type `kind` (see `has_type`). NaN and infinity are null, as in `write_json`.
+
+    Raises:
+      ValueError: no JSON, another type, more than MOST_LEVELS levels, or a number that 64 bits do not hold.
+    """
+    try:
+        value = json.loads(content, parse_int=_int64, parse_float=_finite, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError(f"it has more than {MOST_LEVELS} levels") from None
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = list(itertools.chain.from_iterable(lists))
+    if level:
+        raise ValueError(f"it has more than {MOST_LEVELS} levels")
+    if not has_type(value, kind):
+        raise ValueError(f"it is no {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _int64(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**63:
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has the type `kind`.
+
+    That is str, int, bool, float (or an int), None, a union, `dict[str, X]`, `list[X]`, `tuple[X, ...]` (a list, in
+    JSON) or a TypedDict, which may have further entries.
+    """
+    if kind is Any:
+        return True
+    if typing.is_typeddict(kind):
+        entries = typing.get_type_hints(kind).items()
+        has_all = isinstance(value, dict) and kind.__required_keys__ <= value.keys()
+        return has_all and all(has_type(value[name], entry) for name, entry in entries if name in value)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, each) for each in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(item, arguments[1]) for item in value.values())
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
+    return type(value) is (types.NoneType if kind is None else kind) or (kind is float and type(value) is int)
+
+
+def read_json(path: epath.PathLike, kind: Any, default: Any = None, *, most: int = MOST_JSON) -> Any:
+    """The content of a JSON file, as `parse_json`; `default` where there is no such file.
+
+    Args:
+      most: bytes that are read, at most; values take some thirty times as much memory.
+
+    Raises:
+      InputError: it is damaged, too large or no plain file.
       OSError: it is there and cannot be read: whoever took it for absent would write over it.
     """
     try:
-        return json.loads(epath.Path(path).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        with os_errors(), open_plain(path) as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"it has more than {most} bytes")
+        return parse_json(content, kind)
+    except (FileNotFoundError, NotADirectoryError):
         return default
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); restore or remove it") from error
+
+
+def valid_json(path: epath.PathLike, kind: Any, default: Any = None) -> Any:
+    """As `read_json`, and `default` too where the file is damaged: for what is made again then, or can be left out."""
+    try:
+        return read_json(path, kind, default)
+    except InputError:
+        return default
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayMember:
+    """An array in an .npz file, whose header has been read.
+
+    Attributes:
+      header: the length of NumPy's header, which is before the array's bytes.
+      fortran: whether it is stored in Fortran's order.
+    """
+
+    info: zipfile.ZipInfo
+    header: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+
+def array_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayMember:
+    """The header of an array.
+
+    Raises:
+      ValueError: it is damaged, has Python objects or another length than it states, or would fill the memory: it is
+        compressed to less than 1 / MOST_COMPRESSED.
+    """
+    if info.file_size > max(SMALL_ARRAY, MOST_COMPRESSED * archive.start_dir):
+        raise ValueError(f"its array {info.filename} is {MOST_COMPRESSED} times larger than the file")
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in _HEADER_READERS:
+            raise ValueError(f"its array {info.filename} has the unknown format {version}")
+        try:
+            with _PARSING_HEADER:
+                shape, fortran, dtype = _HEADER_READERS[version](stream)
+        except _HEADER_ERRORS as error:
+            raise ValueError(f"its array {info.filename} has an invalid header") from error
+        header = stream.tell()
+    if dtype.hasobject:
+        raise ValueError(f"its array {info.filename} contains pickled Python objects, which are never loaded")
+    if min(shape, default=0) < 0 or header + dtype.itemsize * math.prod(shape) != info.file_size:
+        raise ValueError(f"its array {info.filename} does not have the length that its header states")
+    return ArrayMember(info, header, shape, fortran, dtype)
+
+
+def read_arrays(path: epath.PathLike, kinds: Mapping[str, tuple[str, int]] | None = None) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file, their checksums verified.
+
+    Args:
+      kinds: those that are read, where the file has them: name -> (a pattern of the dtype, such as "f[48]", and the
+        number of dimensions); None: all.
+
+    Raises:
+      InputError: no .npz file, a damaged one, an array of another kind, or one that is compressed so much that a
+        small file would fill the memory.
+      OSError: it cannot be read.
+    """
+    try:
+        with os_errors(), open_plain(path) as file, zipfile.ZipFile(file) as archive:
+            stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            names = stored if kinds is None else [name for name in kinds if name in stored]
+            arrays = {}
+            for name in names:
+                member = array_member(archive, stored[name])
+                if kinds is not None:
+                    _check_kind(name, member, *kinds[name])
+                arrays[name] = array_of(archive, member)
+            return arrays
+    except InputError:
+        raise
+    except ZIP_ERRORS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged, or is no .npz file ({reason[:200]})") from error
+
+
+def _check_kind(name: str, member: ArrayMember, pattern: str, dimensions: int) -> None:
+    if not re.fullmatch(pattern, member.dtype.str[1:]) or len(member.shape) != dimensions:
+        raise ValueError(f"its array {name} is {member.dtype} {list(member.shape)}")
+
+
+def array_of(archive: zipfile.ZipFile, member: ArrayMember) -> np.ndarray:
+    """The array, its checksum verified, in this machine's byte order."""
+    flat = np.frombuffer(archive.read(member.info), member.dtype, offset=member.header)
+    array = flat.reshape(member.shape, order="F" if member.fortran else "C")
+    return array.astype(member.dtype.newbyteorder("="), copy=False)

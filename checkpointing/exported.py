@@ -7,7 +7,7 @@ from it and nothing is allocated before it is checked. The format is in docs/met
 
 import json
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 import flax
 import jax
@@ -16,31 +16,20 @@ from etils import epath
 
 import models
 import segments
+import utils
 from checkpointing.metadata import checked_metadata
 from models.weights import TREES
 from utils import InputError, atomic_path, damage_named, is_local, write_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_LONGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
-_LONGEST_CONFIG = 1_000_000  # bytes
 _LARGEST_IMAGE = 4_096  # pixels of a side
 _NOT_EXPORTED = "is not a file that SeqRF exported (PyTorch checkpoints go to training.import_torch)"
+_Header = TypedDict("_Header", {"__metadata__": dict[str, str]})
 
 
 def find(path: epath.Path) -> epath.Path | None:
-    """The exported file that `path` is, or that it holds as a folder; None: neither.
-
-    Raises:
-      InputError: a pipe or a device, which could be read for ever.
-    """
-    return next((file for file in (path, path / WEIGHTS) if _is_file(file)), None)
-
-
-def _is_file(path: epath.Path) -> bool:
-    """epath's `is_file`, for which a pipe is a file too. Raises InputError for one."""
-    if path.is_file() and is_local(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no plain file; give the file of an exported model or a folder")
-    return path.is_file()
+    """The exported file that `path` is, or that it holds as a folder; None: neither."""
+    return next((file for file in (path, path / WEIGHTS) if file.is_file()), None)
 
 
 def write_file(path: epath.PathLike, weights: models.Weights, metadata: dict[str, Any], *, full: bool = True) -> None:
@@ -111,16 +100,27 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     Raises:
       InputError: not an exported model, a corrupt one, out-of-range metadata, or a config.json that disagrees.
     """
-    with damage_named(f"{path} {_NOT_EXPORTED}"), path.open("rb") as stream:
+    with damage_named(f"{path} {_NOT_EXPORTED}"), utils.open_plain(path) as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if size > _LONGEST_HEADER:
+        if size > utils.MOST_JSON:
             raise ValueError("invalid header")
-        header = json.loads(stream.read(size))
-        metadata = checked_metadata(json.loads(header["__metadata__"]["seqrf"]))
+        header = utils.parse_json(stream.read(size), _Header)
+        metadata = checked_metadata(utils.parse_json(header["__metadata__"]["seqrf"]))
         _check_sizes(metadata, arrays=len(header) - 1)
     if path.name == WEIGHTS:
         _check_config(path.parent / CONFIG, metadata)
     return metadata
+
+
+def _check_config(path: epath.Path, metadata: dict[str, Any]) -> None:
+    """Raises InputError where the config.json beside an exported file is damaged or describes another model."""
+    described = utils.read_json(path, dict[str, Any], metadata)
+    for name, value in metadata.items():
+        if described.get(name) != value:
+            raise InputError(
+                f"{path} has {name} = {str(described.get(name))[:60]}, {WEIGHTS} {str(value)[:60]}; export the model "
+                "again"
+            )
 
 
 def _check_sizes(metadata: dict[str, Any], *, arrays: int) -> None:
@@ -130,28 +130,13 @@ def _check_sizes(metadata: dict[str, Any], *, arrays: int) -> None:
     """
     for name in ("count", "step"):
         if not isinstance(metadata.get(name), int) or not 0 <= metadata[name] < 2**31:
-            raise ValueError(f"its metadata has {name} = {str(metadata.get(name))[:20]}")
+            raise ValueError(f"its metadata has {name} = {metadata.get(name)}")
     data, model = metadata["data"], metadata["model"]
     if data.get("image_size", 0) > _LARGEST_IMAGE:
         raise ValueError(f"its metadata has images of {data['image_size']} x {data['image_size']} pixels")
     blocks = len(model.get("ch_mult") or ()) * (model.get("num_res_blocks") or 0)
     if blocks > arrays:
         raise ValueError(f"its metadata describes {blocks} residual blocks, it has {arrays} arrays")
-
-
-def _check_config(path: epath.Path, metadata: dict[str, Any]) -> None:
-    """Raises InputError where the config.json beside an exported file is damaged or describes another model."""
-    if not _is_file(path):
-        return
-    with damage_named(f"{path} is damaged; export the model again"):
-        with path.open("rb") as stream:
-            content = stream.read(_LONGEST_CONFIG + 1)
-        if len(content) > _LONGEST_CONFIG:
-            raise ValueError("it is too large")
-        config = json.loads(content)
-        for name, value in metadata.items():
-            if config.get(name) != value:
-                raise ValueError(f"it has {name} = {str(config.get(name))[:60]}, {WEIGHTS} {str(value)[:60]}")
 
 
 def read_weights(path: epath.Path, metadata: dict[str, Any]) -> models.Weights:

@@ -11,10 +11,12 @@ from typing import Any
 
 import models
 import segments
+from utils import has_type
 
 DISTILL = "2_distill"
 TORCH = {"stage": "1_rf", "k": 1, "boundaries": [1.0, 0.0]}  # of a PyTorch checkpoint, which is a 1-RF
-_TYPES = {"stage": str, "k": int, "boundaries": list, "data": dict, "model": dict}
+_TYPES: dict[str, Any] = {"stage": str, "k": int, "boundaries": list[float]}
+_TYPES |= {"source": str | None, "teacher": str | None, "data": dict[str, Any], "model": dict[str, Any]}
 
 
 def distill_folder(steps: int) -> str:
@@ -55,11 +57,9 @@ def network_of(metadata: dict[str, Any]) -> models.NCSNpp:
 
 def checked_metadata(metadata: dict) -> dict:
     """`metadata` as a file has it. Raises ValueError where it lacks or contradicts something."""
-    for key, kind in _TYPES.items():
-        if not isinstance(metadata.get(key), kind):
-            raise ValueError(f"its metadata lacks {key!r}")
-    if not isinstance(metadata.get("source") or "", str):
-        raise ValueError(f"its metadata has source = {str(metadata['source'])[:20]}")
+    for name, kind in _TYPES.items():
+        if not has_type(metadata.get(name), kind):
+            raise ValueError(f"its metadata has {name} = {str(metadata.get(name))[:20]}")
     if len(metadata["boundaries"]) != metadata["k"] + 1:
         raise ValueError(f"its metadata has k = {metadata['k']} and {len(metadata['boundaries'])} boundaries")
     segments.validate_boundaries(metadata["boundaries"])

@@ -7,7 +7,7 @@ Reading never unpickles. The formats are in docs/method.md, section 9.
 
 import contextlib
 import shutil
-from typing import Any
+from typing import Any, TypedDict
 
 import flax
 import jax
@@ -26,6 +26,26 @@ _DELETED = "deleted"  # the folder, beside the checkpoints, of those that are be
 # Limit retries in a bucket to about 15 s (default: 15 minutes), as runtime.BUCKET_SETTINGS. Orbax has no public option.
 ts_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = {"max_retries": 4}
 DAMAGED = "incomplete or corrupt checkpoint (if it is removed, the one before it is used)"
+
+
+class _Updates(TypedDict):
+    n_iters: int
+
+
+class _Ema(TypedDict, total=False):
+    ema_rate: float | None
+    variable_ema_rate: bool | None
+
+
+class _Config(TypedDict):
+    training: _Updates
+    model: _Ema
+
+
+class _RunFile(TypedDict, total=False):
+    """What run.json holds, as far as it is used without a comparison."""
+
+    config: _Config
 
 
 class RunCheckpoints:
@@ -193,7 +213,7 @@ def write_settings(stage_folder: epath.PathLike, settings: dict[str, Any]) -> No
 
 def read_settings(stage_folder: epath.PathLike) -> dict[str, Any] | None:
     """The settings of the latest run of a stage; None: a version that did not keep them."""
-    return read_json(epath.Path(stage_folder) / _SETTINGS, {}).get("config")
+    return read_json(epath.Path(stage_folder) / _SETTINGS, _RunFile, {}).get("config")
 
 
 def planned_updates(stage_folder: epath.PathLike) -> int:

@@ -309,7 +309,7 @@ def _measure(
     )
     if checkpoint.teacher:
         settings["teacher"] = checkpoint.teacher
-    if distributed.agreed(utils.read_json(folder / "metrics.json", {}).get("settings") == settings):
+    if distributed.agreed(utils.valid_json(folder / "metrics.json", dict[str, Any], {}).get("settings") == settings):
         logger.info("%s is measured already", folder)
         return
     began = time.perf_counter()

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -97,7 +98,7 @@ def _lease(path: epath.Path) -> Iterator[None]:
 
     utils.write_json(path, own | {"renewals": 0})
     time.sleep(VOID / 30)  # of two that find no lease at the same moment, the later one's is there afterwards
-    if (now := utils.read_json(path, {})).get("token") != own["token"]:
+    if (now := utils.valid_json(path, dict[str, Any], {})).get("token") != own["token"]:
         raise _in_use(path, str(now.get("holder", "another process"))[:200])
     renewing = threading.Thread(target=renew, daemon=True)
     renewing.start()
@@ -115,16 +116,16 @@ def _wait_until_void(path: epath.Path) -> None:
     Raises:
       InputError: it is renewed.
     """
-    before = utils.read_json(path, None)
-    if not isinstance(before, dict):
+    before = utils.valid_json(path, dict[str, Any])
+    if before is None:
         return
     logger.info("waiting up to %d s: %s may still be at work in %s", VOID, before.get("holder"), path.parent)
     end = time.monotonic() + VOID
     while time.monotonic() < end:
         time.sleep(min(1, VOID / 10))
         runtime.preemption.check()
-        now = utils.read_json(path, None)
-        if not isinstance(now, dict):
+        now = utils.valid_json(path, dict[str, Any])
+        if now is None:
             return
         if now != before:
             raise _in_use(path, str(now.get("holder"))[:200])

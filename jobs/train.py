@@ -36,7 +36,7 @@ from metrics import reference
 from models.weights import start_fingerprint
 from sampler import Sampler
 from tracking import plots
-from tracking.tracker import Tracker
+from tracking.tracker import Tracker, read_history
 
 logger = logging.getLogger("seqrf")
 
@@ -465,7 +465,7 @@ def _is_drawn(plan: TrainPlan, step: int) -> bool:
 
 def _has_loss_picture(folder: epath.Path) -> bool:
     """Whether nothing is left to draw of the losses, on every host."""
-    logged = any("loss" in line for line in utils.read_json(folder / "metrics.json", []))
+    logged = any("loss" in line for line in read_history(folder / "metrics.json"))
     return distributed.agreed((folder / LOSSES).exists() or not logged)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 import datasets
 import distributed
 from runtime import cache_folder
-from utils import write_arrays
+from utils import InputError, read_arrays, write_arrays
 
 logger = logging.getLogger("seqrf")
 
@@ -131,7 +131,7 @@ def cached(
         return found
     computed: dict[str, Any] = compute()
     try:
-        write_arrays(path, names=np.array(list(computed)), **computed)
+        write_arrays(path, **computed)
     except OSError as error:
         logger.warning("%s cannot be written (%s); it will be computed again next time", path, error)
     return computed
@@ -139,14 +139,14 @@ def cached(
 
 def _read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
     """The arrays of a file that `cached` wrote; None where it is missing or damaged."""
-    if not path.exists():
-        return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays["names"]}  # reading checks the file's checksums
-    except Exception as error:  # a damaged header can make np.load raise nearly anything
-        logger.warning("%s is damaged (%s); computing it again", path, error)
+        arrays = read_arrays(path) if path.exists() else None
+    except (OSError, InputError) as error:
+        logger.warning("%s; computing it again", error)
         return None
+    if arrays:
+        arrays.pop("names", None)  # of older files
+    return arrays
 
 
 # ---- classifiers of labelled sets

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import tqdm
@@ -29,6 +29,11 @@ KEPT = 100_000  # images whose features are kept, for the distances over pairs o
 PIXEL_BYTES = 2**30  # the largest data set whose pixels are compared
 NEIGHBOURS = 3  # k of precision and recall
 LEVELS = "uint8, 0 to 255"
+# The arrays of a file: name -> dtype and dimensions.
+_ARRAYS = {
+    "mu": ("f[48]", 1), "sigma": ("f[48]", 2), "pool_3": ("f[48]", 2), "kernel_sums": ("f[48]", 1),
+    "record": (r"U\d+", 0),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,14 @@ class Options:
     file: str = "none"
     max_real: int = 0
     network: str = "auto"
+
+
+class _Record(TypedDict, total=False):
+    """What a file says of itself, as far as it is used without a comparison."""
+
+    images: int
+    data: str
+    split: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -280,8 +293,7 @@ def read_file(path: epath.PathLike, network: FeatureNetwork, data: datasets.Data
       InputError: no such file, not such a file, or one for another network, resolution or range.
     """
     arrays = _read_npz(path)
-    record = json.loads(str(arrays.pop("record"))) if "record" in arrays else None
-    if record is None:
+    if (record := _record_of(path, arrays)) is None:
         logger.warning("%s does not say which network and images it is of; its figures are only as good as that", path)
     else:
         _check_record(path, record, network, data)
@@ -298,28 +310,37 @@ def read_file(path: epath.PathLike, network: FeatureNetwork, data: datasets.Data
 
 def _read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a reference file, with their types checked."""
-    names = {"mu", "sigma", "pool_3", "kernel_sums", "record"}
     try:
-        with epath.Path(path).expanduser().open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            arrays = {name: npz[name] for name in names & set(npz.files)}
+        arrays = utils.read_arrays(path, _ARRAYS)
     except OSError as error:
         raise InputError(f"eval.reference = {path} cannot be read: {error}") from error
-    except Exception as error:  # a damaged or foreign file can make np.load raise nearly anything
-        raise InputError(f"eval.reference = {path} is not an npz file of statistics, or is damaged: {error}") from error
+    except InputError as error:
+        raise InputError(f"eval.reference = {error}") from error
     if "pool_3" not in arrays and not {"mu", "sigma"} <= set(arrays):
         raise InputError(
             f"eval.reference = {path} has neither mu and sigma nor pool_3; scripts/reference_stats.py makes one"
         )
-    pool, mu, sigma = (arrays.get(name) for name in ("pool_3", "mu", "sigma"))
-    is_sound = (pool is None or (pool.ndim == 2 and len(pool) > 1)) and (
-        mu is None or (mu.ndim == 1 and sigma is not None and sigma.shape == (mu.size, mu.size))
-    )
+    shapes = {name: array.shape for name, array in arrays.items()}
+    images, width = shapes.get("pool_3", (2, *shapes.get("mu", ())))
+    has_both = ("mu" in shapes and "sigma" in shapes) or not {"mu", "sigma"} & shapes.keys()
+    wanted = {"pool_3": (images, width), "mu": (width,), "sigma": (width, width), "kernel_sums": (images,)}
+    is_sound = has_both and images > 1 and all(shape == wanted.get(name, ()) for name, shape in shapes.items())
     numbers = [array for name, array in arrays.items() if name != "record"]
-    if not is_sound or not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in numbers):
+    if not is_sound or not all(np.isfinite(array).all() for array in numbers):
         raise InputError(
             f"eval.reference = {path} has mu, sigma or pool_3 of a wrong shape, or values that are not finite"
         )
     return arrays
+
+
+def _record_of(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """Takes the record from the arrays of a file; None: it has none."""
+    if "record" not in arrays:
+        return None
+    try:
+        return utils.parse_json(str(arrays.pop("record")), _Record)
+    except ValueError as error:
+        raise InputError(f"eval.reference = {path} has a damaged record: {error}") from error
 
 
 def _check_record(

@@ -5,9 +5,8 @@ the size and checksums of every file.
 """
 
 import dataclasses
-import json
+import itertools
 import math
-import typing
 from typing import Any
 
 from etils import epath
@@ -35,14 +34,13 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(folder) / MANIFEST
     remedy = "restore a backup, or remove the whole set and generate it again"
     try:
-        with utils.os_errors():
-            if not path.exists():
-                return None
-            manifest = json.loads(path.read_text())
+        manifest = utils.read_json(path, Any)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+    except InputError as error:
+        raise InputError(f"{error} ({remedy})") from error
+    if manifest is None:
+        return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a pair set of format {FORMAT}; use another workdir")
     if invalid := _invalid_entry(manifest):
@@ -55,7 +53,7 @@ def _invalid_entry(manifest):
     for name, kind in ENTRIES.items():
         if name not in manifest | DEFAULTS:
             return f"it has no {name}"
-        if name in manifest and not _has_type(manifest[name], kind):
+        if name in manifest and not utils.has_type(manifest[name], kind):
             return f"its {name} is {manifest[name]!r}"
     pairs, file_size = manifest["pairs"], manifest["file_size"]
     valid = {
@@ -72,13 +70,6 @@ def _invalid_entry(manifest):
         "contents": _are_contents(manifest.get("contents", {})),
     }
     return next((f"its {name} cannot be {manifest[name]!r}" for name, is_valid in valid.items() if not is_valid), None)
-
-
-def _has_type(value, kind):
-    """Whether a JSON value has the type `kind`; tuples are lists in JSON, and a float may be written as an integer."""
-    if item_kind := typing.get_args(kind):
-        return isinstance(value, list) and all(_has_type(item, item_kind[0]) for item in value)
-    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _are_boundaries(times):
@@ -147,6 +138,11 @@ def _read_or_write(plan, extra):
         raise InputError(f"{plan.folder} holds pair files without a {MANIFEST}, another set; use another folder")
     utils.write_json(plan.folder / MANIFEST, {"complete": False} | plan.definition() | extra, overwrite=False)
     return read_manifest(plan.folder)
+
+
+def first_missing(numbers: list[int], first: int, last: int) -> int | None:
+    """The first number from `first` to `last` that is not among `numbers`; in as many steps as these are many."""
+    return next(itertools.filterfalse(set(numbers).__contains__, range(first, last + 1)), None)
 
 
 def missing_files(plan: PairPlan) -> list[int]:

@@ -7,16 +7,13 @@ the process, and a reader's memory does not depend on the size of the files.
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import math
 import os
 import re
 import struct
 import threading
-import tokenize
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,17 +21,12 @@ from etils import epath
 from isal import isal_zlib
 from jaxtyping import Float, Int, UInt32
 
+import utils
 from utils import InputError, is_local, os_errors
 
 CRC_BLOCK = 2**20  # bytes read at a time for a checksum; they stay in a core's cache
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# NumPy parses headers with `ast`, which in Python 3.11 is not thread-safe (SystemError: AST constructor recursion depth
-# mismatch).
-PARSING_HEADER = threading.Lock()
-HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, MemoryError, tokenize.TokenError)
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field
 FILE_NAME = re.compile(r"reflow_batch_(0|[1-9]\d*)\.npz")  # without leading zeros: one name for a number
-ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, KeyError, struct.error, zlib.error, RuntimeError)
 # The arrays of a file: name -> (kind of dtype, dimensions).
 ARRAYS = {"x0": ("f", 4), "x1": ("f", 4), "t0": ("f", 1), "t1": ("f", 1)}
 # In place of x1, when noise is not stored; x1_crc is the CRC-32 of each row of x1.
@@ -78,15 +70,10 @@ def crc_of_rows(x: Float[np.ndarray, "n h w c"]) -> UInt32[np.ndarray, "n"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Member:
-    """An array in the file: its dtype, and the offset of its bytes."""
+class _Member(utils.ArrayMember):
+    """An array in the file, and the offset of its bytes."""
 
-    info: zipfile.ZipInfo
-    dtype: np.dtype
-    fortran: bool
-    shape: tuple[int, ...]
     start: int  # offset of the member in the file, NumPy's header included
-    header: int  # length of NumPy's header
     by_row: bool  # whether single rows can be read: a local file, not compressed, in C order
 
     @property
@@ -120,7 +107,7 @@ class PairFile:
         try:
             with self._named_errors():
                 # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
-                file = io.FileIO(self.path) if is_local(path) else self.path.open("rb")
+                file = utils.open_plain(self.path, buffered=False)
                 self._file = self._opened.enter_context(file)
                 self._read_structure()
         except BaseException:
@@ -144,9 +131,7 @@ class PairFile:
             if name in self._loaded:
                 return self._loaded[name]
             with self._named_errors(), zipfile.ZipFile(self._file) as archive:
-                content = archive.read(member.info)
-            flat = np.frombuffer(content, member.dtype, offset=member.header)
-            array = flat.reshape(member.shape, order="F" if member.fortran else "C")
+                array = utils.array_of(archive, member)
             if not member.by_row:
                 self._loaded[name] = array
             return array
@@ -212,20 +197,14 @@ class PairFile:
         self.crc32 = {name: member.info.CRC for name, member in self._members.items()}
 
     def _member(self, archive, info):
-        with archive.open(info) as stream:
-            shape, fortran, dtype = _array_header(stream)
-            header = stream.tell()
-        if dtype.hasobject:
-            raise self.broken(f"its array {info.filename} contains pickled Python objects, which are never loaded")
-        if header + dtype.itemsize * math.prod(shape) != info.file_size:
-            raise self.broken(f"its array {info.filename} does not have the length that its header states")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise self.broken(f"its array {info.filename} has an unknown compression")
+        read = utils.array_member(archive, info)
         self._file.seek(info.header_offset)
         name_length, extra_length = LOCAL_HEADER.unpack(self._file.read(LOCAL_HEADER.size))
         start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        by_row = info.compress_type == zipfile.ZIP_STORED and not fortran and is_local(self.path)
-        return _Member(info, dtype, fortran, shape, start, header, by_row)
+        by_row = info.compress_type == zipfile.ZIP_STORED and not read.fortran and is_local(self.path)
+        return _Member(**vars(read), start=start, by_row=by_row)
 
     def _pread(self, member, rows, out, out_rows):
         size = member.row_bytes
@@ -269,20 +248,5 @@ class PairFile:
             raise MissingFile(f"{self.path} is missing; run gen_reflow again, which makes missing files") from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
-        except ZIP_ERRORS as error:
+        except utils.ZIP_ERRORS as error:
             raise self.broken(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-
-
-def _array_header(stream):
-    """(shape, whether in Fortran's order, dtype) of the array at the start of the stream, in NumPy's format."""
-    version = np.lib.format.read_magic(stream)
-    if version not in HEADER_READERS:
-        raise ValueError(f"an array has the unknown format {version}")
-    try:
-        with PARSING_HEADER:
-            shape, fortran, dtype = HEADER_READERS[version](stream)
-    except HEADER_ERRORS as error:
-        raise ValueError("an array has an invalid header") from error
-    if min(shape, default=0) < 0:
-        raise ValueError(f"an array has the invalid shape {shape}")
-    return shape, fortran, dtype

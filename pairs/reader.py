@@ -256,15 +256,15 @@ def _manifest_of_files(folder, numbers):
 
 
 def _check_complete(folder, manifest, numbers, partial):
-    expected = range(1, manifest["files"] + 1) if manifest else range(numbers[0], numbers[-1] + 1)
-    missing = sorted(set(expected) - set(numbers))
-    state = f"{folder} has {len(numbers)} of its {len(expected)} files"
+    first, last = (1, manifest["files"]) if manifest else (numbers[0], numbers[-1])
+    missing = pairmanifest.first_missing(numbers, first, last)
+    state = f"{folder} has {len(numbers)} of its {last - first + 1} files"
     remedy = "run gen_reflow again, which makes missing files" if manifest else "restore it"
     remedy += ", or set training.reflow_partial=True"
     if partial:
         logger.info("%s", state)
     elif missing:
-        raise InputError(f"{state}, {npz.file_name(missing[0])} is missing; {remedy}")
+        raise InputError(f"{state}, {npz.file_name(missing)} is missing; {remedy}")
     elif manifest and not manifest["complete"]:
         raise InputError(f"{state}, but was not completed; {remedy}")
 

@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 import pathlib
@@ -18,8 +17,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+import utils
 from report import plots as report_plots
 from report.results import Evaluation, Results
+from utils import InputError
 
 STAGES = ("1_rf", "samples", "2_rf", "2_distill*")  # in the order in which they run
 HISTORY = ("loss", "gradient_norm", "learning_rate", "images_per_second")
@@ -153,9 +154,10 @@ def _straightness(last: list[Evaluation]) -> dict[str, dict[str, np.ndarray]]:
 def _arrays(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
     """Finite vectors of an .npz, the first one longer by one; None where they are not there."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: np.asarray(saved[name], np.float64) for name in names}
-    except Exception:  # a damaged header can make np.load raise nearly anything
+        arrays = utils.read_arrays(path, dict.fromkeys(names, ("f[48]", 1)))
+    except (OSError, InputError):
+        return None
+    if len(arrays) < len(names):
         return None
     sizes = [array.shape for array in arrays.values()]
     fits = all(len(size) == 1 and size[0] + (n > 0) == sizes[0][0] for n, size in enumerate(sizes))
@@ -233,11 +235,11 @@ def _stages(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     found = {}
     for pattern in STAGES:
         for folder in sorted(path for path in workdir.glob(pattern) if path.is_dir()):
-            lines = _json(folder / "metrics.json", [])
-            numbers = [_numbers(line) for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+            lines = utils.valid_json(folder / "metrics.json", list[dict[str, Any]], [])
+            numbers = [_numbers(line) for line in lines]
             history = [line for line in numbers if "step" in line and "loss" in line]
-            record = _json(folder / "provenance.json", {})
-            found[folder.name] = {"history": history, "record": record if isinstance(record, dict) else {}}
+            record = utils.valid_json(folder / "provenance.json", dict[str, Any], {})
+            found[folder.name] = {"history": history, "record": record}
     return found
 
 
@@ -257,10 +259,10 @@ def _commands(stages: dict[str, dict[str, Any]], last: list[Evaluation]) -> list
 
 
 def _pair_facts(workdir: pathlib.Path) -> dict[str, str]:
-    manifest = _json(workdir / "samples" / "reflow_batch" / "manifest.json", {})
-    facts = {name: manifest[name] for name in PAIR_FACTS if name in manifest} if isinstance(manifest, dict) else {}
-    lines = _json(workdir / "samples" / "metrics.json", [])
-    made = lines[-1] if isinstance(lines, list) and lines and isinstance(lines[-1], dict) else {}
+    manifest = utils.valid_json(workdir / "samples" / "reflow_batch" / "manifest.json", dict[str, Any], {})
+    facts = {name: manifest[name] for name in PAIR_FACTS if name in manifest}
+    lines = utils.valid_json(workdir / "samples" / "metrics.json", list[dict[str, Any]], [])
+    made = lines[-1] if lines else {}
     facts |= {name: f"{value:.4g}" for name, value in _numbers(made).items() if name not in ("step", "pairs")}
     return {name.replace("_", " "): _text(value) for name, value in facts.items()}
 
@@ -286,7 +288,7 @@ def _how_measured(one: Evaluation) -> tuple[str, dict[str, str]]:
         "code": commit and f"{commit}{', changed' if record.get('dirty') else ''}",
         "versions": record.get("versions"),
         "pairs": record.get("pairs"),
-        "best step": _json(one.folder.parent / "best.json", None),
+        "best step": utils.valid_json(one.folder.parent / "best.json", Any),
     }
     return f"{one.metrics['model']}, {one.metrics['sampler']}: {os.path.join(one.name, one.folder.name)}", {
         name: _text(value) for name, value in facts.items() if value not in (None, "", {}, [])
@@ -305,13 +307,6 @@ def _text(value: Any) -> str:
 def _inner(metrics: dict[str, Any], name: str) -> dict[str, Any]:
     value = metrics.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def _json(path: pathlib.Path, default: Any) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return default
 
 
 def _files(workdir: pathlib.Path, pattern: str) -> list[pathlib.Path]:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import utils
 
 COLUMNS = {
     "NFE": ("nfe", "{:.0f}"),
@@ -123,7 +124,7 @@ def read(workdir: pathlib.Path) -> Results:
     found: dict[pathlib.Path, list[tuple[int, Evaluation]]] = {}
     for path in sorted(workdir.glob("*/step_*/metrics.json")):
         step = path.parent.name.removeprefix("step_")
-        metrics = _read(path)
+        metrics = utils.valid_json(path, dict[str, Any], {})
         if not step.isdecimal() or not _is_evaluation(metrics):
             print(f"left out: {path} is not the metrics.json of an evaluation", file=sys.stderr)
             continue
@@ -132,19 +133,12 @@ def read(workdir: pathlib.Path) -> Results:
     return Results(sorted(steps, key=lambda each: each[-1].order))
 
 
-def _read(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_evaluation(metrics: Any) -> bool:
-    if not isinstance(metrics, dict) or not all(isinstance(metrics.get(name), str) for name in ("model", "sampler")):
+def _is_evaluation(metrics: dict[str, Any]) -> bool:
+    if not all(isinstance(metrics.get(name), str) for name in ("model", "sampler")):
         return False
     names = [key for key, _ in COLUMNS.values() if key]
     numbers = all(name in metrics and (metrics[name] is None or _is_number(metrics[name])) for name in names)

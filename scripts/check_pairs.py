@@ -60,16 +60,17 @@ def main() -> int:
         return 2
     found = problems(folder, manifest, numbers)
     broken = [number for number, error in found.items() if isinstance(error, npz.BrokenFile)]
-    missing = sorted(set(range(1, manifest["files"] + 1)) - set(numbers)) if manifest else []
+    last = manifest["files"] if manifest else 0
+    missing = last - sum(1 <= number <= last for number in numbers)
     for problem in found.values():
         print(problem)
-    for number in missing:
-        print(f"{folder / npz.file_name(number)} is missing; gen_reflow makes it")
+    if (first := pairmanifest.first_missing(numbers, 1, last)) is not None:
+        print(f"{folder / npz.file_name(first)} is missing, the first of {missing}; gen_reflow makes them")
     completed = manifest is None or manifest["complete"]
     if not completed:
         print(f"{folder} was not completed; gen_reflow does that")
     whole = completed and not found and not missing
-    print(f"{len(numbers) - len(found)} files are whole, {len(found)} are not, {len(missing)} are missing")
+    print(f"{len(numbers) - len(found)} files are whole, {len(found)} are not, {missing} are missing")
     if not (arguments.repair and broken):
         return 0 if whole else 1
     if manifest is None:

@@ -25,7 +25,7 @@ from jobs.stages import stage_in
 from models.weights import fingerprint
 from report.results import markdown_table
 from tracking import plots
-from utils import InputError, atomic_path, local_path, read_json
+from utils import InputError, atomic_path, local_path, valid_json
 
 PAPER = "https://arxiv.org/abs/2402.06461"
 ADAPTIVE = {"tol": 1e-3}
@@ -67,7 +67,7 @@ def measured(run: pathlib.Path, given: list[pathlib.Path], fingerprint: str) -> 
     """
     workdir = next((f for f in (run, *run.resolve().parents[:3]) if any(f.glob("*/step_*/metrics.json"))), None)
     found = sorted(workdir.glob("*/step_*/metrics.json")) if workdir else []
-    values = {path: read_json(path, None) for path in [*given, *found]}
+    values = {path: valid_json(path, Any) for path in [*given, *found]}
 
     def is_ours(entry: Any) -> bool:
         settings = entry.get("settings") if isinstance(entry, dict) else None

@@ -50,7 +50,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     """(the entry, the one of now, the folder it is in). Raises InputError where nothing can be measured."""
     import runtime
 
-    entry = utils.read_json(options.metrics, {})
+    entry = utils.read_json(options.metrics, Any, {})
     if not _is_recorded(entry):
         raise utils.InputError(
             f"{options.metrics} has no complete 'provenance' record: not an evaluation, or written by an older version"
@@ -107,7 +107,7 @@ def measure_again(entry: dict[str, Any], folder: Path, checkpoint: str | None) -
     workdir = epath.Path(record["workdir"])
     workdir = workdir if workdir.is_dir() else epath.Path(folder)  # on another machine
     run_lib.evaluate(config, workdir, os.fspath(folder))
-    return utils.read_json(folder / f"step_{entry['step']}" / "metrics.json", {})
+    return utils.read_json(folder / f"step_{entry['step']}" / "metrics.json", dict[str, Any], {})
 
 
 def report(before: dict[str, Any], again: dict[str, Any], folder: Path) -> int:

@@ -67,7 +67,7 @@ class Models:
     def run(self, folder: Path, name: str, seed: int, options: dict[str, Any], *, is_done: bool) -> float:
         """One job of `main.py --mode=train`, unless it is done; its seconds, kept in `<folder>/seconds_<name>.json`."""
         record = folder / f"seconds_{name}.json"
-        seconds = utils.read_json(record, 0.0)
+        seconds = utils.read_json(record, float, 0.0)
         if is_done:
             return seconds
         began = time.perf_counter()
@@ -121,12 +121,12 @@ class Models:
             _link(self._pairs(recipe, seed).folder / "samples" / "reflow_batch", folder / "samples" / "reflow_batch")
         made = folder / "samples" / ("trajectories" if is_trajectory else "reflow_batch")
         logged = folder / "samples" / f"metrics{'_trajectories' if is_trajectory else ''}.json"
-        is_done = utils.read_json(made / "manifest.json", {}).get("complete", False)
+        is_done = utils.read_json(made / "manifest.json", dict[str, Any], {}).get("complete", False)
         if is_done and not logged.exists():  # killed between the two: what they cost is not known
             shutil.rmtree(made.resolve())
             is_done = False
         seconds = self.run(folder, kind, seed, self._generation(recipe, kind, noises), is_done=is_done)
-        entries = utils.read_json(logged, None)[-1].items()
+        entries = utils.read_json(logged, list[dict[str, Any]])[-1].items()
         nfe = sum(value for name, value in entries if name.startswith("nfe_segment"))
         boundaries = segments.FINE_STEPS * FINE_NOISES if recipe.adaptive and not is_trajectory else 0
         return PairSet(folder, int(noises * nfe) + boundaries, seconds)

@@ -44,7 +44,7 @@ def test_an_existing_file_is_replaced_unless_told_otherwise(folder):
     path = f"{folder[0]}/file.json"
     for value, overwrite, expected in ((1, False, 1), (2, False, 1), (3, True, 3)):
         utils.write_json(path, value, overwrite=overwrite)
-        assert utils.read_json(path, None) == expected
+        assert utils.read_json(path, int) == expected
     assert [entry.name for entry in folder[1].iterdir()] == ["file.json"]
 
 
@@ -75,7 +75,7 @@ def test_a_disk_without_hard_links_still_keeps_an_existing_file(tmp_path, monkey
     monkeypatch.setattr(utils.os, "link", unsupported)
     for value in (1, 2):
         utils.write_json(tmp_path / "file.json", value, overwrite=False)
-    assert utils.read_json(tmp_path / "file.json", None) == 1
+    assert utils.read_json(tmp_path / "file.json", int) == 1
 
 
 def test_remote_errors_become_those_of_a_disk(tmp_path, monkeypatch):
@@ -97,12 +97,14 @@ def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
     utils.write_json(tmp_path / "a.json", {"x": [1.0, math.inf], "y": {"z": float("nan")}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.0, None], "y": {"z": None}}
     (tmp_path / "b.json").write_text('{"x": ')
-    for name in ("missing.json", "b.json"):
-        assert utils.read_json(tmp_path / name, 5) == 5
+    assert utils.read_json(tmp_path / "missing.json", dict, 5) == 5
+    assert utils.valid_json(tmp_path / "b.json", dict, 5) == 5
+    with pytest.raises(InputError, match=r"b\.json is damaged \(.*\); restore or remove it"):
+        utils.read_json(tmp_path / "b.json", dict, 5)
     (tmp_path / "b.json").unlink()
     (tmp_path / "b.json").mkdir()
     with pytest.raises(IsADirectoryError):  # any file that is there and cannot be read
-        utils.read_json(tmp_path / "b.json", 5)
+        utils.read_json(tmp_path / "b.json", dict, 5)
 
 
 def test_arrays_have_the_same_bytes_every_time(tmp_path):

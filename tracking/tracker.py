@@ -15,6 +15,8 @@ from etils import epath
 import utils
 from utils import InputError
 
+MOST_HISTORY = 2**28  # bytes: a line for each of a million updates
+
 logger = logging.getLogger("seqrf")
 
 
@@ -61,8 +63,7 @@ class Tracker:
         self._lines: dict[int, dict[str, Any]] = {}  # by step
         if self._primary:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = utils.read_json(path, [])
-            self._lines = {line["step"]: line for line in lines if line["step"] <= resume_step}
+            self._lines = {line["step"]: line for line in read_history(path) if line["step"] <= resume_step}
 
     def branch(self, folder: epath.PathLike, prefix: str) -> "Tracker":
         """A tracker of another folder in the same wandb run, where its names get the prefix; closed with this one."""
@@ -126,6 +127,18 @@ class Tracker:
         except Exception as error:
             self._wandb = None
             logger.warning("wandb has ended (%r): from here on numbers are in %s alone", error, self._path)
+
+
+def read_history(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.json, {"step": ..., name: number or None}, as they are; none where there is no file.
+
+    Raises:
+      InputError: it is damaged: whoever took it for absent would write over it.
+    """
+    lines = utils.read_json(path, list[dict[str, float | None]], [], most=MOST_HISTORY)
+    if not all(isinstance(line.get("step"), int) for line in lines):
+        raise InputError(f"{path} is damaged (it has lines without a step); restore or remove it")
+    return lines
 
 
 def _plain(value):

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from utils import InputError
+from utils import InputError, open_plain
 
+# The only name that PyTorch takes and that can fill the memory: bytearray(8 << 30). As pickles have it, never compressed.
+_BYTEARRAY = b"\nbytearray\n"
 _DAMAGED_ARCHIVE = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError)  # what zipfile raises for one
 
 
@@ -34,6 +36,28 @@ def _plain_scalar(dtype: _PlainDtype, raw: bytes) -> float:
     return np.frombuffer(raw, dtype.dtype, count=1)[0].item()
 
 
+class _Clipped:
+    """A stream that is asked for no more bytes than it has: for a damaged length Python would set memory aside first."""
+
+    def __init__(self, stream):
+        self._stream, self._size = stream, stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+
+    def read(self, size=-1):
+        left = self._size - self._stream.tell()
+        return self._stream.read(left if size < 0 else min(size, left))
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def _overlapping_blocks(stream, overlap):
+    """The bytes of the stream in blocks, each of which begins with the last `overlap` ones of the block before."""
+    block = b""
+    while content := stream.read(2**20):
+        yield (block := block[-overlap:] + content)
+
+
 def load(path: epath.Path):
     """What is in the file, its tensors mapped from disk rather than read where the file is a local archive.
 
@@ -51,9 +75,12 @@ def load(path: epath.Path):
     ]
     local = os.path.exists(os.fspath(path))
     archive = _is_archive(path)
+    with open_plain(path) as stream:
+        if any(_BYTEARRAY in block for block in _overlapping_blocks(stream, len(_BYTEARRAY))):
+            raise InputError("carries code ('builtins.bytearray'), which is never run")
     try:
-        with path.open("rb") as stream, torch.serialization.safe_globals(stand_ins):
-            source = os.fspath(path) if local and archive else stream
+        with open_plain(path) as stream, torch.serialization.safe_globals(stand_ins):
+            source = os.fspath(path) if local and archive else _Clipped(stream)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=local and archive)
     except Exception as error:  # a damaged pickle can raise anything
         if blocked := re.search(r"GLOBAL (\S+)", str(error)):
@@ -63,7 +90,7 @@ def load(path: epath.Path):
 
 def _is_archive(path) -> bool:
     """Whether the file is a zip archive (torch.save since 1.6), once it is known not to grow when it is read."""
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         magic = stream.read(4)
         if not zipfile.is_zipfile(stream):
             if magic == b"PK\x03\x04":
