@@ -48,6 +48,18 @@ def check_jax_settings() -> None:
         raise InputError("JAX_ENABLE_X64 is set, and float64 would change every number; unset it")
 
 
+def check_devices() -> None:
+    """Raises InputError where JAX has none of the devices that JAX_PLATFORMS asks for, or cannot use them."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a CUDA jaxlib
+        reason = (str(error).splitlines() or ["jaxlib was installed without its support"])[0]
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: {reason}; unset it, or install what it needs (scripts/requirements.sh)"
+        ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Host:
     """A host among those that share a job: `index` of `count`, each with `local_devices` devices."""

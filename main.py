@@ -1,5 +1,7 @@
 """Sequential rectified flow from the command line; README.md lists the jobs."""
 
+import os
+import re
 import sys
 
 from absl import app, flags
@@ -27,6 +29,10 @@ def main(argv: list[str]):
     """Dispatches to `run_lib`; imports it late, so that --help answers at once."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --config.training.reflow_t=2")
+    try:
+        os.getcwd()
+    except OSError:
+        _end("the current folder has been removed; change to another one")
     config = _config()
     hosts = {name: FLAGS[name].value for name in runtime.HOST_SETTINGS}
     runtime.set_environment(deterministic=FLAGS.deterministic, **hosts)
@@ -75,9 +81,10 @@ def _parsed_flags(argv):
         message, _, trace = str(error).partition("Traceback (most recent call last):")
         _end(f"{message} {trace.strip().splitlines()[-1] if trace else ''}; see --help")  # of a trace the last line
     except (AttributeError, KeyError) as error:
-        # The message of ml_collections is the last part of the unknown name, in quotes.
-        unknown = next((a for a in argv if a.startswith("--config.") and str(error).strip("\"'") in a), str(error))
-        _end(f"unknown setting {unknown}; configs/default.py lists every setting")
+        # The message of ml_collections is the last part of the unknown name, in quotes, and perhaps a line of advice.
+        name, meant = re.findall(r"\w+", str(error))[0], re.search(r'Did you mean "(\w+)"', str(error))
+        given = next((argument for argument in argv if argument.startswith("--config.") and name in argument), name)
+        _end(f"unknown setting {given}; {f'did you mean {meant[1]}? ' if meant else ''}configs/default.py lists all")
 
 
 def _config():

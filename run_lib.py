@@ -79,6 +79,7 @@ def _prepare(config: Config, mode: str) -> None:
     check_config(config, mode)
     distributed.check_jax_settings()
     distributed.start_hosts()
+    distributed.check_devices()
     runtime.set_up_compilation_cache(runtime.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count())
 

@@ -6,6 +6,7 @@ Importing this module imports nothing heavy, so that `main.py --help` answers at
 import contextlib
 import logging
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -46,6 +47,7 @@ def set_environment(*, deterministic: bool = False, **hosts: str | int | None) -
       deterministic: on a GPU, XLA picks kernels that give the same bits in every run.
       hosts: coordinator_address, num_processes, process_id, as `start_hosts` takes them; None: not given.
     """
+    _ensure_home()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's C++ lines after its import: errors only
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `Preemption`
     for name, value in BUCKET_SETTINGS.items():
@@ -53,6 +55,25 @@ def set_environment(*, deterministic: bool = False, **hosts: str | int | None) -
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     os.environ.update({f"JAX_{name.upper()}": str(value) for name, value in hosts.items() if value is not None})
+
+
+def _ensure_home() -> None:
+    """Gives libraries a temporary home where a user has none that can be written, as in containers with a bare user id.
+
+    Without one wandb raises, and others write into a folder `~`.
+    """
+    with contextlib.suppress(RuntimeError):
+        if os.access(pathlib.Path.home(), os.W_OK):
+            return
+    folder = pathlib.Path(tempfile.gettempdir()) / f"seqrf-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # somebody else's, who could put files there for us
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="seqrf-"))
+    os.environ["HOME"] = os.fspath(folder)
+    print(
+        f"warning: there is no home folder that can be written; caches are in {folder}, unless HOME is set",
+        file=sys.stderr,
+    )
 
 
 class _Formatter(logging.Formatter):

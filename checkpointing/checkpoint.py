@@ -15,7 +15,7 @@ import segments
 from checkpointing import exported, metadata, runs
 from models.pytorch import checkpoint as torch_checkpoint
 from models.weights import TREES
-from utils import InputError, damage_named, os_errors
+from utils import InputError, os_errors
 
 logger = logging.getLogger("seqrf")
 
@@ -103,8 +103,7 @@ class CheckpointRef:
             weights = exported.read_weights(self.path, self.metadata)
         else:
             weights = runs.read_weights(self.path, self.ema_rate)
-        with damage_named(f"{self.path}: {runs.DAMAGED}"):
-            shapes = models.weight_shapes(network.clone(heads=self.k))
+        shapes = models.weight_shapes(network.clone(heads=self.k))
         for name in TREES:
             _check_shapes(f"{self.path}: {name}", getattr(weights, name), shapes)
         trees = {name: models.expand_heads(getattr(weights, name), network.heads) for name in TREES}

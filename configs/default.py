@@ -12,6 +12,8 @@ from configs.settings import Page, defaults, network, setting
 
 TRAINING_MODES = ("gen_reflow", "train_reflow", "train_distill")
 
+MOST_IMAGES = 2**17  # in a batch: a typing error beyond this would fill the memory, or wait for hours
+
 page = Page()
 page.seed = setting(42, least=0, most=2**31 - 2)  # everything random in every stage follows from it
 page.recipe = setting("paper")  # its name, for tables: give it after the file's name, --config=FILE.py:NAME
@@ -28,7 +30,7 @@ data.uniform_dequantization = setting(False)  # add U[0, 1) to the 0..255 values
 
 model = page.section("model")
 model.rf_phase = setting(2, choices=(1, 2))  # 1: the first flow; 2: pairs, k-SeqRF, distillation
-model.num_scales = setting(1000, least=1, may_change=True)  # N, the steps of sampling.method='pc'
+model.num_scales = setting(1000, least=1, most=100_000, may_change=True)  # N, the steps of sampling.method='pc'
 model.ema_rate = setting(None, kind=float, least=0, most=1)  # of the weights; not set: the stage's own, see below
 model.variable_ema_rate = setting(None, kind=bool)  # cap the rate by (1 + n) / (10 + n), n updates so far; likewise
 model.ema_rates = setting(())  # further EMA rates kept beside ema_rate; an evaluation picks one with eval.ema_rate
@@ -62,9 +64,11 @@ model.remat = network("remat")  # recompute activations in the backward pass, fo
 
 training = page.section("training")
 training.reflow_mode = setting("train_reflow", choices=TRAINING_MODES, may_change=True)  # when rf_phase is 2
-training.reflow_t = setting(1, least=1)  # k, the number of segments; an evaluation takes it from the checkpoint
+training.reflow_t = setting(
+    1, least=1, most=65_536
+)  # k, the number of segments; an evaluation takes it from the checkpoint
 training.adaptive_interval = setting(False)  # SeqRF-Ada: boundaries from the teacher's curvature (in gen_reflow)
-training.batch_size = setting(512, least=1)  # over all hosts and devices
+training.batch_size = setting(512, least=1, most=MOST_IMAGES)  # over all hosts and devices
 training.n_iters = setting(None, kind=int, least=1)  # updates in the whole run; not set: the stage's own, see below
 training.n_jitted_steps = setting(1, least=1, may_change=True)  # updates in one compiled call
 training.profile = setting(False, may_change=True)  # a JAX profiler trace of ten updates, in `profile/`
@@ -74,7 +78,7 @@ training.snapshot_freq = setting(10_000, least=1, may_change=True)  # updates be
 training.snapshot_freq_for_preemption = setting(1_000, least=1, may_change=True)  # ... kept to resume from
 training.keep_snapshots = setting(0, least=0, may_change=True)  # number of most recent checkpoints to keep; 0: all
 training.snapshot_sampling = setting(True, may_change=True)  # draw a sample grid at each kept checkpoint
-training.snapshot_fid_sample = setting(0, least=0, may_change=True)  # samples for its FID; 0: none
+training.snapshot_fid_sample = setting(0, least=2, or_zero=True, may_change=True)  # samples for its FID; 0: none
 training.nan_policy = setting("stop", choices=("stop", "skip"), may_change=True)  # on NaN; 10 skipped in a row stop
 training.override_resume = setting(False, may_change=True)  # continue a workdir that was begun with other settings
 training.reduce_mean = setting(True)  # False: loss l2 is half the sum over pixels
@@ -83,13 +87,17 @@ training.lpips_path = setting("none", may_change=True)  # VGG16 of torchvision, 
 training.lpips_heads = setting("none", may_change=True)  # the linear heads of LPIPS, its own v0.1/vgg.pth
 training.t_distribution = setting("uniform", choices=tuple(losses.T_DISTRIBUTIONS))  # t or u
 training.t_shape = setting(4.0, least=0.01, most=80)  # a of ushape's density a e^(a u) / (e^a - 1)
-training.distill_steps = setting(1, least=1)  # m: distillation learns m Euler steps a segment, u in {1/m, ..., 1}
+training.distill_steps = setting(
+    1, least=1, most=9_999
+)  # m: distillation learns m Euler steps a segment, u in {1/m, ..., 1}
 training.on_policy = setting(0.0, least=0, most=1)  # share of a batch that starts from the EMA student's states
 training.init_from_ema = setting(False)  # start from the source's EMA weights, its Adam moments at zero
 training.import_torch = setting("none")  # start from this PyTorch checkpoint
 training.import_flax = setting("none")  # start from this checkpoint: a run's folder or an exported file
 training.n_reflow_data = setting(1_000_000, least=1, may_change=True)  # pairs to make, all segments together
-training.gen_reflow_size = setting(1_024, least=1, may_change=True)  # images solved together on a host
+training.gen_reflow_size = setting(
+    1_024, least=1, most=MOST_IMAGES, may_change=True
+)  # images solved together on a host
 training.reflow_file_size = setting(10_000, least=1, may_change=True)  # pairs in a file
 training.reflow_dtype = setting("float32", choices=("float32", "float16"), may_change=True)
 training.reflow_store_noise = setting(True, may_change=True)  # False: x1 is rebuilt on reading, half the disk
@@ -127,7 +135,7 @@ solving.time_grid = setting("uniform", choices=sampling.TIME_GRIDS)  # of 'pc', 
 
 evaluate = page.section("eval")
 evaluate.reflow_mode = setting("eval_reflow", choices=("eval_reflow", "eval_distill"))  # when rf_phase is 2
-evaluate.batch_size = setting(1_024, least=1)  # over all hosts and devices
+evaluate.batch_size = setting(1_024, least=1, most=MOST_IMAGES)  # over all hosts and devices
 evaluate.num_samples = setting(50_000, least=2)
 evaluate.begin_step = setting(0, least=0)  # the checkpoints from this step ...
 evaluate.end_step = setting(1_000_000_000, least=0)  # ... to this one ...
@@ -143,14 +151,16 @@ evaluate.inception_path = setting("none")  # a SavedModel folder; 'none': TF-GAN
 evaluate.feature_network = setting("auto", choices=("auto", "inception_v3", "pixels"))
 evaluate.feature_backend = setting("auto", choices=("auto", "tensorflow", "jax"))  # runs Inception
 evaluate.reference = setting("none")  # an npz file of statistics; 'none': made from the training images
-evaluate.max_real = setting(0, least=0)  # training images behind those; 0: all
-evaluate.precision_recall_samples = setting(10_000, least=0)  # max. samples and images, O(n^2); 0: off
+evaluate.max_real = setting(0, least=4, or_zero=True)  # training images behind those; 0: all
+evaluate.precision_recall_samples = setting(10_000, least=4, or_zero=True)  # max. samples and images, O(n^2); 0: off
 evaluate.nearest_samples = setting(1_000, least=0)  # samples whose nearest training images are searched; 0: none
 evaluate.floor = setting(True)  # also the distances of test images, or of two halves of the reference
 
 sample = page.section("sample")  # --mode=sample, of the checkpoint that an evaluation takes
 sample.count = setting(64, least=1)
-sample.batch_size = setting(64, least=1)  # solved together, over all local devices; sampler.load's default
+sample.batch_size = setting(
+    64, least=1, most=MOST_IMAGES
+)  # solved together, over all local devices; sampler.load's default
 sample.interpolate = setting(False)  # also strips between pairs of noises
 sample.trajectory = setting(False)  # also the way from noise to image: an animated GIF and a strip
 sample.frames = setting(16, least=2, most=1_000)  # of a strip and of the animation

@@ -11,6 +11,8 @@ from utils import InputError
 
 Config: TypeAlias = ml_collections.ConfigDict
 
+LARGEST = 2**31 - 1  # counts are int32 on the devices
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -21,6 +23,7 @@ class Setting:
       choices: all values that it may have; empty: any of the default's type.
       least, most: inclusive bounds of a number; None: none.
       above: an exclusive lower bound.
+      or_zero: whether 0 is possible beside the numbers from `least` on: it stands for none, or all.
       may_change: whether a resumed run may have another value: it does not change the result.
       kind: the type where there is no default.
     """
@@ -30,6 +33,7 @@ class Setting:
     least: float | None = None
     most: float | None = None
     above: float | None = None
+    or_zero: bool = False
     may_change: bool = False
     kind: type | None = None
 
@@ -41,13 +45,17 @@ class Setting:
             return None if value in self.choices else f"use one of {', '.join(map(str, self.choices))}"
         if isinstance(value, float) and not math.isfinite(value):
             return "use a finite number"
+        if isinstance(value, int) and abs(value) > LARGEST:
+            return f"use a number of at most {LARGEST}"
         if self.above is not None and value <= self.above:
             return f"it must be above {self.above}"
-        if self.least is not None and self.most is None and value < self.least:
-            return f"it must be at least {self.least}"
-        if self.least is not None and self.most is not None and not self.least <= value <= self.most:
-            return f"it must be from {self.least} to {self.most}"
-        return None
+        zero = "0 or " if self.or_zero else ""
+        if self.least is not None and value < self.least and (value != 0 or not self.or_zero):
+            return f"it must be {zero}at least {self.least}" if self.most is None else self._range(zero)
+        return self._range(zero) if self.most is not None and value > self.most else None
+
+    def _range(self, zero: str) -> str:
+        return f"it must be {zero}from {self.least} to {self.most}"
 
 
 setting = Setting

@@ -15,6 +15,8 @@ from configs.default import SETTINGS, is_given
 from configs.settings import Config, check_values
 from utils import InputError
 
+MOST_FILES = 1_000_000  # of a pair set: all are listed, opened and checked
+
 
 @dataclasses.dataclass(frozen=True)
 class StageValues:
@@ -71,13 +73,17 @@ def _check_training(config: Config, mode: str):
             f"--config.optim.schedule=cosine falls after the warm-up: training.n_iters={n_iters} must be more than "
             f"optim.warmup={config.optim.warmup}"
         )
-    if training.snapshot_fid_sample == 1:
-        raise InputError("--config.training.snapshot_fid_sample=1: distances need 2 samples or more; use 0 for none")
     needs_lpips = mode == "train" and training.loss == "lpips_huber"
     if needs_lpips and not (is_given(training.lpips_path) and is_given(training.lpips_heads)):
         raise InputError(
             "--config.training.loss=lpips_huber needs the weights of VGG16 and of LPIPS: give training.lpips_path and "
             "training.lpips_heads, or use training.loss=huber"
+        )
+    files = -(-training.n_reflow_data // training.reflow_file_size)
+    if mode == "train" and files > MOST_FILES:
+        raise InputError(
+            f"--config.training.n_reflow_data={training.n_reflow_data} pairs in files of training.reflow_file_size="
+            f"{training.reflow_file_size} are {files} files; use at most {MOST_FILES}"
         )
     if training.inverted_pairs and not training.reflow_store_noise:
         raise InputError(

@@ -131,7 +131,7 @@ def cached(
         return found
     computed: dict[str, Any] = compute()
     try:
-        write_arrays(path, **computed)
+        write_arrays(path, names=np.array(list(computed)), **computed)
     except OSError as error:
         logger.warning("%s cannot be written (%s); it will be computed again next time", path, error)
     return computed
@@ -140,13 +140,13 @@ def cached(
 def _read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
     """The arrays of a file that `cached` wrote; None where it is missing or damaged."""
     try:
-        arrays = read_arrays(path) if path.exists() else None
-    except (OSError, InputError) as error:
+        if not path.exists():
+            return None
+        arrays = read_arrays(path)
+        return {name: arrays[name] for name in arrays["names"]}  # a damaged directory of the file may hide some
+    except (OSError, InputError, KeyError) as error:
         logger.warning("%s; computing it again", error)
         return None
-    if arrays:
-        arrays.pop("names", None)  # of older files
-    return arrays
 
 
 # ---- classifiers of labelled sets

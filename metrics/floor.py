@@ -1,5 +1,6 @@
 """The floor of the distances to the data: those that samples as good as the data would have."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -86,8 +87,8 @@ def _floor(
 
 def _test_images(data: datasets.DataOptions) -> tuple[str, datasets.ImageSource] | None:
     for split in TEST_SPLITS:
-        try:
-            return split, datasets.image_source(data, split)
-        except InputError:
-            continue
+        with contextlib.suppress(InputError):
+            source = datasets.image_source(data, split)
+            if source.size > reference.NEIGHBOURS:
+                return split, source
     return None

@@ -198,19 +198,20 @@ def _folder_of(path: str, kind: Inception) -> epath.Path:
     Raises:
       InputError: neither exists.
     """
+    pixels = "or compare colours alone with --config.eval.feature_network=pixels"
     if path != "none":
         folder = epath.Path(path).expanduser()
         if not (folder / "saved_model.pb").exists():
-            raise InputError(f"eval.inception_path = {path} holds no SavedModel (no file saved_model.pb)")
+            raise InputError(
+                f"eval.inception_path = {path} holds no SavedModel (no file saved_model.pb); correct it, {pixels}"
+            )
         return folder
     hub = epath.Path(os.environ.get("TFHUB_CACHE_DIR") or epath.Path(tempfile.gettempdir()) / "tfhub_modules")
     cached = hub / hashlib.sha1(kind.handle.encode()).hexdigest()
     if (cached / "saved_model.pb").exists():
         return cached
-    remedy = (
-        f"give its folder as --config.eval.inception_path=FOLDER, with the files of {kind.page}, unpacked in it, or "
-        "compare colours alone with --config.eval.feature_network=pixels"
-    )
+    files = f"with the files of {kind.page}, unpacked in it"
+    remedy = f"give its folder as --config.eval.inception_path=FOLDER, {files}, {pixels}"
     if not _answers(f"{kind.handle}?tf-hub-format=compressed", HUB_SECONDS):
         raise InputError(f"the Inception network is not in {hub} and {kind.handle} cannot be reached; {remedy}")
     try:

@@ -184,9 +184,11 @@ def of_images(
     """Of the first `max_real` images of a data set, all if 0; computed once, then read from the cache.
 
     Raises:
-      InputError: the data set cannot be read.
+      InputError: the data set cannot be read, or has too few images.
     """
     count = min(source.size, max_real or source.size)
+    if count <= NEIGHBOURS:
+        raise InputError(f"the data set {source.name} has {source.size} images; distances to it need {NEIGHBOURS + 1}")
 
     def compute() -> dict[str, np.ndarray]:
         kept, chosen = [], spread(count, KEPT)

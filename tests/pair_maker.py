@@ -13,6 +13,7 @@ import zipfile
 
 import jax
 import numpy as np
+import xla
 from etils.epath import backend, gpath
 
 import datasets
@@ -159,7 +160,7 @@ def process(devices=2, hosts=None, **arguments) -> multiprocessing.Process:
 
 
 def _generate_apart(devices, hosts, arguments):
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = xla.flags(devices)
     if hosts:
         port, count, host_index = hosts
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=host_index)

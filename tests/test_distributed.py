@@ -4,12 +4,14 @@ import pathlib
 import socket
 import subprocess
 import sys
+import unittest.mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xla
 from tiny_run import tiny_config
 
 import distributed
@@ -132,6 +134,15 @@ with runtime.preemption.handled():
 """
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"), [(AssertionError(), "installed without its support"), (RuntimeError("no\nTPU"), "no;")]
+)
+def test_devices_that_are_not_there_are_named(monkeypatch, error, reason):
+    monkeypatch.setattr(jax, "devices", unittest.mock.Mock(side_effect=error))
+    with pytest.raises(InputError, match=rf"^JAX_PLATFORMS=cpu: .*{reason}.* unset it, or install what it needs"):
+        distributed.check_devices()
+
+
 def test_all_hosts_stop_at_the_same_call_where_one_is_signalled():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -157,10 +168,8 @@ def shared_updates(path, devices, *ways, hosts=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    # Compiling is what this waits for.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts), "PYTHONPATH": str(ROOT)}
-    environment = os.environ | {"XLA_FLAGS": flags} | named
+    environment = os.environ | {"XLA_FLAGS": xla.flags(devices)} | named
     command = [sys.executable, pathlib.Path(__file__).with_name("shared_updates.py"), path, *ways]
     started = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(host)}) for host in range(hosts)]
     assert [process.wait(timeout=240) for process in started] == [0] * hosts

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import xla
 from etils import epath
 from exact_flows import (
     EULER,
@@ -263,8 +264,7 @@ def evaluated(folder, hosts, devices):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     script = pathlib.Path(__file__).with_name("shared_evaluation.py")
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
+    environment = os.environ | {"XLA_FLAGS": xla.flags(devices), "PYTHONPATH": str(script.parents[1])}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)} if hosts > 1 else {}
     started = [
         subprocess.Popen(

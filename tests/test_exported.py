@@ -119,18 +119,19 @@ SPOILT = {
     "blocks": (lambda f: rewritten(f, model__num_res_blocks=1_000), "1000 residual blocks"),
     "channels": (lambda f: rewritten(f, model__nf=65_536), "has shape|corrupt"),
     "segments": (lambda f: rewritten(f, k=10**9), "k = 1000000000 and 3 boundaries"),
-    "infinity": (lambda f: rewritten(f, boundaries=[1, 1e999, 0]), "decrease strictly"),
+    "infinity": (lambda f: rewritten(f, boundaries=[1, 1e999, 0]), "its metadata has boundaries"),
     "text": (lambda f: rewritten(f, boundaries=["1", "x", "0"]), "not a file that SeqRF"),
-    "steps": (lambda f: rewritten(f, step=10**300), "its metadata has step = 1000"),
+    "steps": (lambda f: rewritten(f, step=10**300), "the number 1000.* is too large"),
+    "updates": (lambda f: rewritten(f, step=2**31), "its metadata has step = 2147483648"),
     "setting": (lambda f: rewritten(f, model={"a.b": 1}), "has shape"),
     "no image size": (lambda f: rewritten(f, data={"num_channels": 1}), "not a file that SeqRF"),
     "source": (lambda f: rewritten(f, source=5), "its metadata has source = 5"),
     "another config": (
-        lambda f: f.with_name("config.json").write_text(json.dumps({"k": 10**4000})),
-        "config.json is damaged; .* it has stage = None",
+        lambda f: f.with_name("config.json").write_text(json.dumps({"k": 10**18})),
+        "config.json has stage = None",
     ),
     "no JSON": (lambda f: f.with_name("config.json").write_text("{"), "config.json is damaged"),
-    "long config": (lambda f: f.with_name("config.json").write_text(" " * 2_000_000), "it is too large"),
+    "long config": (lambda f: f.with_name("config.json").write_text(" " * 2**25), "it has more than 16777216 bytes"),
 }
 
 
@@ -288,6 +289,15 @@ def test_the_script_takes_no_bucket_for_a_folder(folder, tmp_path, place, capsys
         export.main(list(arguments.values()))
     assert f"argument {place}: gs://bucket/x is in a bucket" in capsys.readouterr().err
     assert list(tmp_path.glob("gs*")) == []
+
+
+def test_an_error_while_the_network_is_traced_is_no_damage(folder, monkeypatch):
+    def fail(network):
+        raise RuntimeError("traced")
+
+    monkeypatch.setattr(models, "weight_shapes", fail)
+    with pytest.raises(RuntimeError, match=r"^traced$"):
+        load_weights(folder, CONFIG)
 
 
 def test_a_bucket_that_cannot_be_reached_is_no_damage():

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+import xla
 from tiny_run import export_file, restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ FIRST = "--config.model.rf_phase=1"
 
 def start(*arguments, workdir, devices, **environment):
     """A started `python main.py ...` that sees so many devices."""
-    environment = os.environ | environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | environment | {"XLA_FLAGS": xla.flags(devices)}
     command = [sys.executable, "main.py", f"--workdir={workdir}", *arguments]
     merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **merged)
@@ -30,8 +31,7 @@ def start(*arguments, workdir, devices, **environment):
 
 def run(*arguments, workdir, before=()):
     """(exit code, what it printed) of `python main.py ...`; `before`: Python's own options."""
-    # No forced devices: users have none. No proxy: nothing may reach a network.
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": xla.QUICK}  # no forced devices: users have none
     command = [sys.executable, *before, "main.py", f"--workdir={workdir}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -62,6 +62,7 @@ def _main(arguments, printed):
     ("arguments", "message"),
     [
         ([DIGITS, "--mode=train", "--config.training.no_such=3"], "unknown setting --config.training.no_such=3"),
+        ([DIGITS, "--mode=train", "--config.model.nff=3"], "setting --config.model.nff=3; did you mean nf?"),
         ([DIGITS, "--mode=train", "--config.training.reflow_t=two"], "--config.training.reflow_t=two"),
         ([DIGITS, "--mode=fly"], "one of <train|eval|sample>"),
         (["--config=configs/rf/nowhere.py", "--mode=train"], "configs/rf/nowhere.py"),

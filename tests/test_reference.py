@@ -148,7 +148,7 @@ NAN = np.full((2, 2), np.nan)
         ({"mu": np.zeros(2), "sigma": np.zeros((2, 3))}, "of a wrong shape"),
         ({"mu": np.zeros(2), "sigma": NAN}, "not finite"),
         ({"pool_3": np.zeros((1, 2))}, "of a wrong shape"),
-        ({"pool_3": np.zeros((9, 2), object)}, "is not an npz file of statistics, or is damaged"),
+        ({"pool_3": np.zeros((9, 2), object)}, "is damaged, or is no .npz file"),
         ({"pool_3": np.zeros((9, 3))}, "is of 3 features, but first_pixels has 2"),
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "is of 5 features"),
     ],
@@ -167,5 +167,5 @@ def test_missing_and_damaged_files_are_refused(written, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-200], whole[:300] + b"?" + whole[301:], b"text"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="is not an npz file of statistics, or is damaged"):
+        with pytest.raises(InputError, match="is damaged, or is no .npz file"):
             reference.read_file(path, network(), DATA)

@@ -243,7 +243,7 @@ def test_chromium_shows_every_picture_and_nothing_is_wider_than_a_phone_or_a_des
     (tmp_path / "frames.html").write_text(FRAMES)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frames.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     pictures = len([tag for tag, _ in Page(page).tags if tag == "img"])
     assert f"[390 0 {pictures} 0]" in done.stdout
     assert f"[1280 0 {pictures} 0]" in done.stdout

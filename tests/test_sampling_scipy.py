@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate
+from scipy.integrate._ivp import rk
 
 import adaptive
 import sampling
@@ -108,6 +109,17 @@ def test_adaptive_solver_beside_scipy(tol, boundaries):
     assert int(ours.nfe) <= 1.25 * nfe + 12 * (len(boundaries) - 1)
     # The same steps, but for one in a segment that is just kept here and just rejected there.
     assert abs(int(ours.nfe) - nfe) <= 6 * (len(boundaries) - 1)
+
+
+@pytest.mark.parametrize(("error", "factor"), [(0.0, rk.MAX_FACTOR), (0.5, rk.SAFETY * 2**0.2), (1e9, rk.MIN_FACTOR)])
+def test_a_step_grows_and_shrinks_as_scipys(error, factor):
+    norm, states = lambda scaled: jnp.abs(scaled).max(), jnp.ones(2)
+    control = sampling._ScipyControl(rtol=0.0, atol=1.0, norm=norm, first_step=jnp.array(0.1))
+    step = control.adapt_step_size(0.3, 0.31, states, states, None, error * states, 5, jnp.array(False))
+    kept, start, end = step[:3]
+    assert bool(kept) == (error < 1)
+    assert float(start) == pytest.approx(0.31 if kept else 0.3)
+    assert float(end - start) == pytest.approx(factor * 0.01, rel=1e-3)
 
 
 @over_boundaries

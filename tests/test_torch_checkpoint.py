@@ -27,6 +27,7 @@ import sampling
 import segments
 from benchmarks.torch_twin import LEARNING_RATE, Twin, checkpoint, randomized
 from models.pytorch import checkpoint as torch_checkpoint
+from models.pytorch import file as torch_file
 from models.pytorch import layout as torch_layout
 from scripts import convert_torch
 from utils import InputError
@@ -216,7 +217,11 @@ def test_one_head_becomes_k_everywhere(tmp_path):
 def test_the_ways_in_which_other_trainers_save_are_taken(tmp_path):
     config, _, contents = made()
     expected = models.import_torch(saved(contents, tmp_path), config)
-    contents["model"] = {name.removeprefix("module."): value for name, value in contents["model"].items()}
+    plain = {name.removeprefix("module."): value for name, value in contents["model"].items()}
+    for prefix in ("", "_orig_mod.", "module._orig_mod.", "module.module.", "_orig_mod.module."):
+        contents["model"] = {prefix + name: value for name, value in plain.items()}
+        found = models.import_torch(saved(contents, tmp_path), config)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, expected)), prefix
     for slot in contents["optimizer"]["state"].values():
         slot["step"] = 3
     contents["optimizer"]["param_groups"][0]["lr"] = np.float64(1e-4)
@@ -473,6 +478,18 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(zipped, tmp_path):
     path = saved(contents, tmp_path, _use_new_zipfile_serialization=zipped)
     assert "carries code ('posix.system'), which is never run" in refusal_of(path, config)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_that_a_checkpoint_asks_for_is_refused(zipped, tmp_path):
+    class Large:
+        def __reduce__(self):
+            return bytearray, (8 << 30,)
+
+    path = tmp_path / "large.pth"
+    torch.save({"model": {}, "note": Large()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"carries code \('builtins.bytearray'\), which is never run"):
+        torch_file.load(epath.Path(path))
 
 
 @pytest.mark.parametrize("value", [np.array([object()])[0], np.str_("x"), np.datetime64("2020-01-01"), np.zeros(3)])

@@ -18,7 +18,9 @@ def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypat
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc, so no key
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
     run = tracker(tmp_path)
+    assert run._wandb.project == "ours"
     run.log(10, {"loss": np.float32(0.5)})
     run.log(20, {"loss": float("nan")})
     run.close()
@@ -35,6 +37,7 @@ def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
         first.log(step, {"loss": 1.0 / step})
     first.close()
     second = tracker(tmp_path, resume_step=20)
+    assert second._wandb.project == "seqrf"
     second.log(30, {"loss": 7.0})
     second.close()
     assert second._wandb.id == first._wandb.id  # one run in wandb

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 import threading
 
@@ -46,6 +47,18 @@ def test_an_existing_file_is_replaced_unless_told_otherwise(folder):
         utils.write_json(path, value, overwrite=overwrite)
         assert utils.read_json(path, int) == expected
     assert [entry.name for entry in folder[1].iterdir()] == ["file.json"]
+
+
+def test_a_files_bytes_are_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(number):
+        synced.append((os.readlink(f"/proc/self/fd/{number}"), (tmp_path / "file.json").exists()))
+        fsync(number)
+
+    monkeypatch.setattr(utils.os, "fsync", recorded)
+    utils.write_json(tmp_path / "file.json", 1)
+    assert [(name.startswith(f"{tmp_path}/.file.json."), existed) for name, existed in synced] == [(True, False)]
 
 
 def test_of_many_writers_of_a_new_file_exactly_one_succeeds(tmp_path):

@@ -30,6 +30,8 @@ def wrong_values(setting):
     if number not in (int, float):
         return []
     beyond = [] if setting.least is None and setting.above is None else [number(-3)]
+    beyond += [setting.least - 1] if setting.or_zero else []
+    beyond += [2**31, 10**12] if number is int and setting.most is None else []
     beyond += [number(setting.most + 1)] if setting.most is not None else []
     return beyond + ([float("inf"), float("nan")] if number is float else [])
 
@@ -47,7 +49,7 @@ def test_every_setting_is_refused_outside_its_values(name):
     ("mode", "settings", "message"),
     [
         ("train", {"training__loss": "lpips_huber"}, "give training.lpips_path and training.lpips_heads"),
-        ("train", {"training__snapshot_fid_sample": 1}, "need 2 samples or more"),
+        ("train", {"training__snapshot_fid_sample": 1}, "it must be 0 or at least 2"),
         ("train", {"training__inverted_pairs": 0.5, "training__reflow_store_noise": False}, "reflow_store_noise=True"),
         ("train", {"model__ema_rates": (0.9, 1.5)}, "rates from 0 to 1"),
         ("train", {"model__ema_rates": (0.9999,)}, "other than ema_rate"),

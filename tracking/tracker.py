@@ -167,7 +167,8 @@ def _wandb_run(workdir, name, config):
     # Of the workdir too: runs of the same name in two workdirs are two wandb runs.
     identity = hashlib.sha256(f"{utils.absolute(folder)} {name}".encode()).hexdigest()[:16]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
-    arguments = {"project": "seqrf", "name": name, "id": identity, "resume": "allow", "config": config}
+    project = os.environ.get("WANDB_PROJECT") or "seqrf"
+    arguments = {"project": project, "name": name, "id": identity, "resume": "allow", "config": config}
     arguments["dir"] = os.fspath(local)
     try:
         return wandb.init(mode=mode, settings=settings, **arguments)

@@ -7,6 +7,7 @@ configuration before anything of its size is allocated. torch is imported only w
 import dataclasses
 import logging
 import math
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -23,6 +24,7 @@ from utils import InputError, atomic_path
 logger = logging.getLogger("seqrf")
 
 PREFIX = "module."
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)*")  # of DataParallel and torch.compile, in any order
 MOST_SIGMAS = 100_000  # public checkpoints have 1,000
 
 
@@ -109,7 +111,7 @@ def _keys(part) -> dict[str, str]:
         raise InputError("'model' is not a state dict")
     keys: dict[str, str] = {}
     for key in part:
-        if (other := keys.setdefault(key.removeprefix(PREFIX), key)) != key:
+        if (other := keys.setdefault(_WRAPPERS.sub("", key), key)) != key:
             raise InputError(f"has both model[{other!r}] and model[{key!r}]")
     return keys
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from utils import InputError, open_plain
 
-# The only name that PyTorch takes and that can fill the memory: bytearray(8 << 30). As pickles have it, never compressed.
+# bytearray(8 << 30) is the one call that PyTorch allows and that fills the memory. As pickles have it, uncompressed.
 _BYTEARRAY = b"\nbytearray\n"
 _DAMAGED_ARCHIVE = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError)  # what zipfile raises for one
 
@@ -37,7 +37,7 @@ def _plain_scalar(dtype: _PlainDtype, raw: bytes) -> float:
 
 
 class _Clipped:
-    """A stream that is asked for no more bytes than it has: for a damaged length Python would set memory aside first."""
+    """A stream that is asked for no more bytes than it has: for a damaged length Python would allocate them first."""
 
     def __init__(self, stream):
         self._stream, self._size = stream, stream.seek(0, os.SEEK_END)
