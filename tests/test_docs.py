@@ -1,5 +1,6 @@
 """What the documentation names is there: links, sections, settings and files."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -113,6 +114,21 @@ def test_the_commands_of_a_page_are_accepted(page, count, dataset, monkeypatch):
         assert values(command) == ["main.py"]  # nothing is left over
         check_config(values.config, values.mode)
         assert config.value.data.dataset == dataset
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/your_own_images.md"])
+def test_python_imports_what_there_is(page):
+    text = (ROOT / page).read_text()
+    programs = re.findall(r"```python\n(.*?)```|<<'PYTHON'\n(.*?)^PYTHON", text, flags=re.DOTALL | re.MULTILINE)
+    assert programs
+    for program in map("".join, programs):
+        nodes = list(ast.walk(ast.parse(program)))
+        lines = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        named: dict = {}
+        exec("\n".join(lines), named)
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in named:
+                assert hasattr(named[node.value.id], node.attr), ast.unparse(node)
 
 
 def test_shell_scripts_are_well_formed():

@@ -167,5 +167,5 @@ def test_missing_and_damaged_files_are_refused(written, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-200], whole[:300] + b"?" + whole[301:], b"text"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="is damaged, or is no .npz file"):
+        with pytest.raises(InputError, match=r"is damaged, or is no \.npz file"):
             reference.read_file(path, network(), DATA)
