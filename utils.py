@@ -22,7 +22,7 @@ import typing
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -41,7 +41,7 @@ _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.f
 # mismatch).
 _PARSING_HEADER = threading.Lock()
 _HEADER_ERRORS = (
-    SyntaxError, TypeError, AttributeError, ValueError, MemoryError, RecursionError, tokenize.TokenError,
+    SyntaxError, TypeError, AttributeError, KeyError, ValueError, MemoryError, RecursionError, tokenize.TokenError,
 )  # fmt: skip
 UNSUPPORTED_LINK = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 # TensorFlow's errors that have a counterpart among those of a disk.
@@ -163,9 +163,13 @@ def damage_named(what: str) -> Iterator[None]:
     except Exception as error:
         if (cause := disk_error(error)) is not None and cause.errno in (errno.EREMOTEIO, errno.EACCES):
             raise cause from error
-        # orbax, tensorstore, safetensors and the JSON reader raise exceptions of many types for damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what}: {reason[:200]}") from error
+        # orbax, tensorstore, safetensors, NumPy, zipfile and JSON raise exceptions of many types for damaged files.
+        raise InputError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The beginning of an error's first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_writable(*folders: epath.PathLike) -> None:
@@ -305,33 +309,29 @@ def parse_json(content: str | bytes, kind: Any = Any) -> Any:
     """The value of a JSON text of the type `kind` (see `has_type`). NaN and infinity are null, as in `write_json`.
 
     Raises:
-      ValueError: no JSON, another type, more than MOST_LEVELS levels, or a number that 64 bits do not hold.
+      ValueError, RecursionError: no JSON, another type, more than MOST_LEVELS levels, or a number that 64 bits do not
+        hold.
     """
-    try:
-        value = json.loads(content, parse_int=_int64, parse_float=_finite, parse_constant=lambda name: None)
-    except RecursionError:
-        raise ValueError(f"it has more than {MOST_LEVELS} levels") from None
+    whole, real = _number(int, 2.0**63), _number(float, math.inf)
+    value = json.loads(content, parse_int=whole, parse_float=real, parse_constant=lambda name: None)
     level = [value]
     for _ in range(MOST_LEVELS):
         lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
         level = list(itertools.chain.from_iterable(lists))
-    if level:
-        raise ValueError(f"it has more than {MOST_LEVELS} levels")
-    if not has_type(value, kind):
-        raise ValueError(f"it is no {getattr(kind, '__name__', kind)}")
+    if level or not has_type(value, kind):
+        raise ValueError(f"it is no {getattr(kind, '__name__', kind)} of at most {MOST_LEVELS} levels")
     return value
 
 
-def _int64(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**63:
-        raise ValueError(f"the number {text[:20]}... is too large")
-    return value
+def _number(kind: type, limit: float) -> Callable[[str], Any]:
+    """The reader of a number of JSON whose size is below `limit`."""
 
+    def read(text: str) -> Any:
+        if not abs(float(text)) < limit:  # of thousands of digits too
+            raise ValueError(f"the number {text[:20]} is too large")
+        return kind(text)
 
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return value
+    return read
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -369,15 +369,12 @@ def read_json(path: epath.PathLike, kind: Any, default: Any = None, *, most: int
     try:
         with os_errors(), open_plain(path) as file:
             content = file.read(most + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return default
+    with damage_named(f"{path} is damaged; restore or remove it"):
         if len(content) > most:
             raise ValueError(f"it has more than {most} bytes")
         return parse_json(content, kind)
-    except (FileNotFoundError, NotADirectoryError):
-        return default
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); restore or remove it") from error
 
 
 def valid_json(path: epath.PathLike, kind: Any, default: Any = None) -> Any:
@@ -414,12 +411,9 @@ def array_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayMember
     if info.file_size > max(SMALL_ARRAY, MOST_COMPRESSED * archive.start_dir):
         raise ValueError(f"its array {info.filename} is {MOST_COMPRESSED} times larger than the file")
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version not in _HEADER_READERS:
-            raise ValueError(f"its array {info.filename} has the unknown format {version}")
         try:
             with _PARSING_HEADER:
-                shape, fortran, dtype = _HEADER_READERS[version](stream)
+                shape, fortran, dtype = _HEADER_READERS[np.lib.format.read_magic(stream)](stream)
         except _HEADER_ERRORS as error:
             raise ValueError(f"its array {info.filename} has an invalid header") from error
         header = stream.tell()
@@ -442,25 +436,19 @@ def read_arrays(path: epath.PathLike, kinds: Mapping[str, tuple[str, int]] | Non
         small file would fill the memory.
       OSError: it cannot be read.
     """
-    try:
-        with os_errors(), open_plain(path) as file, zipfile.ZipFile(file) as archive:
-            stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            names = stored if kinds is None else [name for name in kinds if name in stored]
-            arrays = {}
-            for name in names:
-                member = array_member(archive, stored[name])
-                if kinds is not None:
-                    _check_kind(name, member, *kinds[name])
-                arrays[name] = array_of(archive, member)
-            return arrays
-    except InputError:
-        raise
-    except ZIP_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is damaged, or is no .npz file ({reason[:200]})") from error
+    with os_errors(), open_plain(path) as file, damage_named(f"{path} is damaged, or is no .npz file"):
+        archive = zipfile.ZipFile(file)
+        stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        names = stored if kinds is None else [name for name in kinds if name in stored]
+        members = {name: array_member(archive, stored[name]) for name in names}
+        for name, (pattern, dimensions) in (kinds or {}).items():
+            if name in members:
+                check_kind(name, members[name], pattern, dimensions)
+        return {name: array_of(archive, member) for name, member in members.items()}
 
 
-def _check_kind(name: str, member: ArrayMember, pattern: str, dimensions: int) -> None:
+def check_kind(name: str, member: ArrayMember, pattern: str, dimensions: int) -> None:
+    """Raises ValueError where an array has another dtype than the pattern or other dimensions."""
     if not re.fullmatch(pattern, member.dtype.str[1:]) or len(member.shape) != dimensions:
         raise ValueError(f"its array {name} is {member.dtype} {list(member.shape)}")
 

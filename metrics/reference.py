@@ -312,12 +312,8 @@ def read_file(path: epath.PathLike, network: FeatureNetwork, data: datasets.Data
 
 def _read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a reference file, with their types checked."""
-    try:
+    with utils.damage_named("eval.reference"):
         arrays = utils.read_arrays(path, _ARRAYS)
-    except OSError as error:
-        raise InputError(f"eval.reference = {path} cannot be read: {error}") from error
-    except InputError as error:
-        raise InputError(f"eval.reference = {error}") from error
     if "pool_3" not in arrays and not {"mu", "sigma"} <= set(arrays):
         raise InputError(
             f"eval.reference = {path} has neither mu and sigma nor pool_3; scripts/reference_stats.py makes one"
@@ -339,10 +335,8 @@ def _record_of(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> dict[str,
     """Takes the record from the arrays of a file; None: it has none."""
     if "record" not in arrays:
         return None
-    try:
+    with utils.damage_named(f"eval.reference = {path} has a damaged record"):
         return utils.parse_json(str(arrays.pop("record")), _Record)
-    except ValueError as error:
-        raise InputError(f"eval.reference = {path} has a damaged record: {error}") from error
 
 
 def _check_record(

@@ -103,16 +103,11 @@ class PairFile:
         self.path = epath.Path(path)
         self._loaded = {}  # whole arrays of a file that is compressed or not local
         self._file_position = threading.Lock()  # shared by all who read whole arrays
-        self._opened = contextlib.ExitStack()  # epath's remote files are open only within a `with`
-        try:
-            with self._named_errors():
-                # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
-                file = utils.open_plain(self.path, buffered=False)
-                self._file = self._opened.enter_context(file)
-                self._read_structure()
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as opened, self._named_errors():  # epath's remote files are open within a `with`
+            # Without Python's buffer: rows are read at their offsets, checksums in large blocks.
+            self._file = opened.enter_context(utils.open_plain(self.path, buffered=False))
+            self._read_structure()
+            self._opened = opened.pop_all()
 
     def __enter__(self):
         return self
@@ -181,17 +176,14 @@ class PairFile:
         first = self._members[next(iter(wanted))]  # x0 or xs
         for name, (kind, dimensions) in wanted.items():
             member = self._members[name]
-            if member.dtype.kind != kind or len(member.shape) != dimensions:
-                raise self.broken(f"its array {name} is {member.dtype} {list(member.shape)}")
-            if member.shape[0] != first.shape[0]:
-                raise self.broken(f"x0 and {name} have different lengths")
+            utils.check_kind(name, member, f"{kind}.*", dimensions)
+            if member.shape[0] != first.shape[0] or (name == "x1" and member.shape != first.shape):
+                raise self.broken(f"x0 and {name} have different shapes")
         self.count, self.image_shape = first.shape[0], first.shape[-3:]
         if not self.count:
             raise self.broken("it has no pairs")
         self.states = first.shape[1] if "xs" in wanted else None
         self.stores_noise = wanted is not KEYED_ARRAYS
-        if "x1" in wanted and self._members["x1"].shape != first.shape:
-            raise self.broken("x0 and x1 have different shapes")
         self._file.seek(0, os.SEEK_END)
         self.size = self._file.tell()  # which `seek` itself does not return of a remote file
         self.crc32 = {name: member.info.CRC for name, member in self._members.items()}
@@ -249,4 +241,4 @@ class PairFile:
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
         except utils.ZIP_ERRORS as error:
-            raise self.broken(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            raise self.broken(utils.reason_of(error)) from error

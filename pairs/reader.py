@@ -149,16 +149,14 @@ class FileSet(abc.ABC):
           InputError: the file is damaged.
         """
         number = self._numbers[file_index]
-        file = npz.PairFile(self.folder / npz.file_name(number))
-        try:
+        with contextlib.ExitStack() as kept_open:
+            file = kept_open.enter_context(npz.PairFile(self.folder / npz.file_name(number)))
             if file_index not in self._verified:
                 file.check_crc()
             opened = self._opened(file, number)
-        except BaseException:
-            file.close()
-            raise
-        self._verified.add(file_index)
-        return opened
+            self._verified.add(file_index)
+            kept_open.pop_all()
+            return opened
 
     @abc.abstractmethod
     def _opened(self, file: npz.PairFile, number: int) -> OpenFile:

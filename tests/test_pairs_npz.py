@@ -41,7 +41,7 @@ def compressed_with_pickle(path):
         (lambda path: path.write_bytes(b"PK\3\4" + bytes(5000)), "is broken"),
         (lambda path: rewrite(path, without=["t1"]), "it has no array t1"),
         (lambda path: rewrite(path, t1=np.zeros((12, 1), np.float32)), r"its array t1 is float32 \[12, 1\]"),
-        (lambda path: rewrite(path, t1=np.zeros(11, np.float32)), "x0 and t1 have different lengths"),
+        (lambda path: rewrite(path, t1=np.zeros(11, np.float32)), "x0 and t1 have different shapes"),
         (
             lambda path: rewrite(path, x1=np.zeros((12, 2, 2, 1), np.float32)),
             "x0 and x1 have different shapes",

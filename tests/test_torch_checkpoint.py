@@ -524,7 +524,7 @@ def test_an_archive_that_grows_when_read_is_refused(tmp_path):
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
         for member in source.infolist():
             target.writestr(member.filename, source.read(member))
-    assert "is a compressed archive" in refusal_of(bomb, config)
+    assert "is a damaged archive: it is compressed" in refusal_of(bomb, config)
 
 
 def test_an_archive_of_a_version_yet_to_come_is_refused(tmp_path):
@@ -557,7 +557,7 @@ def test_one_flipped_bit_of_a_weight_is_refused(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(zipfile.ZipFile(path).read(member))] ^= 1  # the least of a float's bits
     path.write_bytes(damaged)
-    assert "is damaged: the checksum of" in refusal_of(path, config)
+    assert "is a damaged archive: the checksum of" in refusal_of(path, config)
 
 
 # Options of the configuration that are not the file's, and what the first difference says.

@@ -112,7 +112,7 @@ def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
     (tmp_path / "b.json").write_text('{"x": ')
     assert utils.read_json(tmp_path / "missing.json", dict, 5) == 5
     assert utils.valid_json(tmp_path / "b.json", dict, 5) == 5
-    with pytest.raises(InputError, match=r"b\.json is damaged \(.*\); restore or remove it"):
+    with pytest.raises(InputError, match=r"b\.json is damaged; restore or remove it: "):
         utils.read_json(tmp_path / "b.json", dict, 5)
     (tmp_path / "b.json").unlink()
     (tmp_path / "b.json").mkdir()

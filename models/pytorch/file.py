@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from utils import InputError, open_plain
+from utils import InputError, damage_named, open_plain
 
 # bytearray(8 << 30) is the one call that PyTorch allows and that fills the memory. As pickles have it, uncompressed.
 _BYTEARRAY = b"\nbytearray\n"
-_DAMAGED_ARCHIVE = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError)  # what zipfile raises for one
 
 
 class _PlainDtype:
@@ -96,20 +95,15 @@ def _is_archive(path) -> bool:
             if magic == b"PK\x03\x04":
                 raise InputError("is truncated: the archive's end is missing")
             return False
-        try:
+        with damage_named("is a damaged archive"):
             archive = zipfile.ZipFile(stream)
             members = archive.infolist()
-        except _DAMAGED_ARCHIVE as error:
-            raise InputError("is a damaged archive") from error
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
-            raise InputError("is a compressed archive, which torch.save does not write")
-        try:
-            damaged = archive.testzip()  # PyTorch looks at no checksum: one flipped bit would be another weight
-        except _DAMAGED_ARCHIVE as error:
-            raise InputError("is a damaged archive") from error
-    if damaged is not None:
-        raise InputError(f"is damaged: the checksum of {damaged} does not match")
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
+                raise ValueError("it is compressed, as torch.save writes none")
+            # PyTorch looks at no checksum: one flipped bit would be another weight.
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} does not match")
     return True
 
 
