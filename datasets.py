@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from utils import InputError
 SHUFFLE_BYTES = 2**28  # encoded records held to be shuffled; all of CIFAR-10, a tenth of LSUN church
 READ_BYTES = 2**23  # of a file at a time, as TFDS reads it
 READ_BATCH = 256  # images read in order that TensorFlow hands over at a time
+_ORDER, _CHANGES = 0, 1  # ids of NumPy's random streams: of a pass, of an update's flips and dequantization
 PREFETCH = 2  # batches made ahead, each of n_jitted_steps updates
 
 # data.dataset -> the name in TFDS, the side of the central square kept (None: the shorter side)
@@ -171,14 +173,6 @@ class ImageSource(abc.ABC):
     def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "count height width channels"]:
         """The images start..stop-1, 0 <= start < stop <= size."""
 
-    @abc.abstractmethod
-    def shuffled(self, seed: Any) -> Any:
-        """A tf.data.Dataset: the `size` records once, still encoded, in the order of `seed` (int64 tensor [2])."""
-
-    @abc.abstractmethod
-    def image(self, record: Any) -> Any:
-        """The image of one record, a uint8 tensor `image_shape`, as `read` gives it."""
-
 
 class ArraySource(ImageSource):
     """Images in memory, [size, height, width, channels] uint8, and their labels [size] where there are any."""
@@ -203,15 +197,16 @@ class ArraySource(ImageSource):
     def _read(self, start, stop):
         return self._images[start:stop]
 
-    def shuffled(self, seed: Any) -> Any:
-        """Shuffled as a whole; the records are the images."""
-        tf = tensorflow_on_cpu()
-        records = tf.data.Dataset.from_tensor_slices(self._images)
-        return records.shuffle(self.size, seed=seed[0], reshuffle_each_iteration=False)
-
-    def image(self, record: Any) -> Any:
-        """The record itself."""
-        return record
+    def shuffled(self, seed: int, positions: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n height width channels"]:
+        """The images at these positions of the endless stream of passes, each in an order of its own."""
+        passes, places = np.divmod(positions, self.size)
+        images = np.empty((len(positions), *self.image_shape), np.uint8)
+        for number in np.unique(passes):
+            rows = passes == number
+            images[rows] = self._images[
+                np.random.default_rng([seed, number, _ORDER]).permutation(self.size)[places[rows]]
+            ]
+        return images
 
 
 class TfdsSource(ImageSource):
@@ -259,7 +254,10 @@ class TfdsSource(ImageSource):
         return functools.reduce(lambda first, second: first.concatenate(second), records)
 
     def shuffled(self, seed: Any) -> Any:
-        """The files in a random order, interleaved, then a buffer of SHUFFLE_BYTES."""
+        """A tf.data.Dataset: the `size` records once, still encoded, in the order of `seed` (int64 tensor [2]).
+
+        The files are in a random order, interleaved, then shuffled in a buffer of SHUFFLE_BYTES.
+        """
         tf = tensorflow_on_cpu()
         files = [str(path) for path in self._split.filepaths]
         records = tf.data.Dataset.from_tensor_slices(files)
@@ -271,7 +269,7 @@ class TfdsSource(ImageSource):
         return records.shuffle(buffer_size, seed=seed[1], reshuffle_each_iteration=False)
 
     def image(self, record: Any) -> Any:
-        """Decoded, its central square resized."""
+        """The image of one record, a uint8 tensor `image_shape`, as `read` gives it."""
         return self._square(self._decoder.deserialize_example(record)["image"])
 
     def _square(self, image):
@@ -411,8 +409,33 @@ def train_batches(
     host = host or distributed.this_host()
     share = host.share(batch_size)
     source = image_source(data)
-    tf = tensorflow_on_cpu()
+    if not isinstance(source, ArraySource):
+        return _tfds_batches(source, data, seed, batch_size, n_jitted_steps, start_step, host)
+    mine = slice(host.index * share, (host.index + 1) * share)
+    updates = (_array_update(source, data, seed, batch_size, update)[mine] for update in itertools.count(start_step))
+    devices = host.local_devices, share // host.local_devices, *source.image_shape
+    parts = (images.reshape(devices) for images in updates)
+    return ({"image": np.stack(batch, axis=1)} for batch in zip(*[parts] * n_jitted_steps, strict=True))
 
+
+def _array_update(
+    source: ArraySource, data: DataOptions, seed: int, batch_size: int, update: int
+) -> Float[np.ndarray, "batch height width channels"]:
+    """The images of one update of all hosts, flipped, dequantized and scaled as `data` says."""
+    random = np.random.default_rng([seed, update, _CHANGES])
+    images = source.shuffled(seed, update * batch_size + np.arange(batch_size))
+    if data.random_flip:
+        mirrored = random.random(batch_size) < 0.5
+        images[mirrored] = images[mirrored, :, ::-1]
+    levels = images.astype(np.float32)
+    if data.uniform_dequantization:
+        levels += random.random(images.shape, np.float32)
+    return scale(levels, centered=data.centered, dequantized=data.uniform_dequantization)
+
+
+def _tfds_batches(source, data, seed, batch_size, n_jitted_steps, start_step, host):
+    """`train_batches` of a data set on the disk, by tf.data."""
+    tf, share = tensorflow_on_cpu(), host.share(batch_size)
     stream = _stream(source, seed, start_step * batch_size)
     if host.count > 1:
         stream = stream.filter(lambda index, record: index % batch_size // share == host.index)
@@ -425,7 +448,7 @@ def train_batches(
     return ({"image": batch} for batch in _numpy(batches, source.name))
 
 
-def _stream(source: ImageSource, seed: int, start: int):
+def _stream(source: TfdsSource, seed: int, start: int):
     """The endless tf.data.Dataset of (stream index, record), shuffled passes one after another, from `start`."""
     tf = tensorflow_on_cpu()
     first, skipped = divmod(start, source.size)

@@ -124,14 +124,23 @@ def test_resuming_gives_the_same_batches(cifar10, dataset):
         np.testing.assert_array_equal(rest, whole[done:])
 
 
-def test_the_stream_is_the_same_however_it_is_shared(cifar10):
-    data = dataclasses.replace(cifar10[0], random_flip=True, uniform_dequantization=True)
+def test_every_pass_over_the_digits_has_every_image_once_in_an_order_of_its_own():
+    passes = [[image.tobytes() for image in batch[0, 0]] for batch in updates(config(), 3, batch_size=1797)]
+    known = sorted((image / np.float32(255)).tobytes() for image in datasets.digits()[0])
+    assert all(sorted(one) == known for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+
+
+@pytest.mark.parametrize("dataset", ["digits", "CIFAR10"])
+def test_the_stream_is_the_same_however_it_is_shared(cifar10, dataset):
+    data = config() if dataset == "digits" else cifar10[0]
+    data = dataclasses.replace(data, random_flip=True, uniform_dequantization=True)
     whole = np.concatenate([batch[0] for batch in updates(data, 4, batch_size=8)])
     hosts = [
         np.concatenate(updates(data, 2, batch_size=8, n_jitted_steps=2, host=Host(index, 2, 2)), axis=1)
         for index in range(2)
     ]
-    assert hosts[0].shape == (2, 4, 2, 32, 32, 3)
+    assert hosts[0].shape == (2, 4, 2, *whole.shape[2:])
     devices = np.concatenate(hosts)  # [all devices, updates, images of a device, ...]
     np.testing.assert_array_equal(np.moveaxis(devices, 0, 1).reshape(whole.shape), whole)
 
