@@ -348,7 +348,7 @@ def _tfds_builder(name: str, data_dir: str, split: str):
     Raises:
       InputError: not there, or not complete.
     """
-    import tensorflow_datasets as tfds
+    tfds = utils.needed("tensorflow_datasets", f"the data set {name}")
     from tensorflow_datasets.core import read_only_builder
 
     given = data_dir != "none"

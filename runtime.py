@@ -238,8 +238,10 @@ def set_up_compilation_cache(folder: os.PathLike) -> None:
 
 def tensorflow_on_cpu() -> ModuleType:
     """The module tensorflow, without its start-up messages, kept off the GPU, whose memory it would take from JAX."""
+    from utils import needed
+
     with contextlib.nullcontext() if "tensorflow" in sys.modules else _without_startup_messages():
-        import tensorflow
+        tensorflow = needed("tensorflow", "this job")
 
     tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib
 import io
 import itertools
 import json
@@ -69,6 +70,22 @@ _ACCESS = (
 
 class InputError(ValueError):
     """Something that the user gave cannot work. The message is one line that names it and the remedy."""
+
+
+def needed(module: str, what: str) -> Any:
+    """The module, imported; scripts/requirements.sh --minimal leaves out some.
+
+    Raises:
+      InputError: it is not installed; `what` needs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise InputError(
+            f"{what} needs {error.name}, which is not installed; run bash scripts/requirements.sh"
+        ) from error
 
 
 def is_local(path: epath.PathLike) -> bool:

@@ -8,7 +8,7 @@ set -euo pipefail
 workdir="${1:-}"
 case $workdir in "" | /* | *://*) ;; *) workdir="$PWD/$workdir" ;; esac  # of the folder that it is given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
+bash scripts/requirements.sh
 
 # On a CPU one device uses little more than one core for small images: as many devices as cores, up to 8, share each
 # batch. Accelerators do not look at this flag.

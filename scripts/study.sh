@@ -7,7 +7,7 @@ set -euo pipefail
 workdir="${2:-}"
 case $workdir in "" | /* | *://*) ;; *) workdir="$PWD/$workdir" ;; esac  # of the folder that it is given in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/requirements.sh "${ACCELERATOR:-cpu}"
+bash scripts/requirements.sh
 
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # less time in page faults (docs/accelerators.md)
 workdir="${workdir:-runs/study}"

@@ -89,7 +89,7 @@ class Tracker:
 
     def picture(self, step: int, name: str, path: epath.PathLike) -> None:
         """Shows a PNG file in wandb."""
-        if self._primary:
+        if self._primary and self._wandb is not None:
             import wandb
             from PIL import Image
 
@@ -156,9 +156,12 @@ def _has_wandb_key() -> bool:
 
 
 def _wandb_run(workdir, name, config):
-    """An online run where a key is known, else an offline one (`wandb sync` uploads it later)."""
-    import wandb
-
+    """An online run where a key is known, else an offline one (`wandb sync` uploads it later); None without wandb."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        logger.info("wandb is not installed: numbers are in metrics.json alone")
+        return None
     folder = epath.Path(workdir)
     local = folder if utils.is_local(folder) else epath.Path(".")
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")

@@ -19,7 +19,7 @@ from models.ncsnpp import NCSNpp, sigma_table
 from models.pytorch import file as torch_file
 from models.pytorch.layout import Entries, Entry, entries_of
 from models.weights import Weights
-from utils import InputError, atomic_path
+from utils import InputError, atomic_path, needed
 
 logger = logging.getLogger("seqrf")
 
@@ -232,7 +232,7 @@ def write_weights(
     Raises:
       InputError: more than one head, or weights of another network.
     """
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     entries = entries_of(network)
     params = _exported(weights.params, entries)
@@ -253,7 +253,7 @@ def write_weights(
 
 def _exported(tree, entries: Entries) -> dict:
     """Tensors by name."""
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     leaves = traverse_util.flatten_dict(tree)
     heads = {leaf.shape[0] for path, leaf in leaves.items() if path[-1].startswith("head_")}
@@ -266,7 +266,7 @@ def _exported(tree, entries: Entries) -> dict:
 
 def _adam(weights: Weights, settings: TrainerSettings, entries: Entries) -> dict:
     """The optimiser's part, with the numbering of the public trainer: every weight is counted, trained or not."""
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     adam = torch.optim.Adam([torch.zeros(1)], lr=settings.lr, betas=(settings.beta1, 0.999), eps=settings.eps)
     group = adam.state_dict()["param_groups"][0] | {"params": list(range(len(entries)))}

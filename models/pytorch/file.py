@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from utils import InputError, damage_named, open_plain
+from utils import InputError, damage_named, needed, open_plain
 
 # bytearray(8 << 30) is the one call that PyTorch allows and that fills the memory. As pickles have it, uncompressed.
 _BYTEARRAY = b"\nbytearray\n"
@@ -63,7 +63,7 @@ def load(path: epath.Path):
     Raises:
       InputError: no such file, damaged, or with anything in it but tensors and plain numbers; one line.
     """
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     if not path.is_file():
         raise InputError("there is no such file")
@@ -126,7 +126,7 @@ def errors_named(what: str):
 
 def dense(name: str, value: Any, shape: tuple[int, ...] | None = None) -> Any:
     """`value`, once it is known to be a tensor of floats of that shape which does not repeat what it has stored."""
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         raise InputError(f"{name} is not a tensor of plain numbers")
@@ -147,7 +147,7 @@ def check_numbers(parts: dict[str, dict], size: int):
     list after them repeats. The others are memory that was asked for and never written to: it costs nothing, however
     much it is, until someone touches it, so the claims are added up first.
     """
-    import torch
+    torch = needed("torch", "a PyTorch checkpoint")
 
     storages = [tensor.untyped_storage() for tensors in parts.values() for tensor in tensors.values()]
     if sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) > size:
