@@ -60,6 +60,26 @@ def check_devices() -> None:
         ) from error
 
 
+def description() -> str:
+    """The devices of this job, such as '8 x NVIDIA H100, 2 hosts'."""
+    hosts = f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
+
+
+ACCELERATORS = {"cuda": ("/dev/nvidia0", "/dev/nvidiactl"), "tpu": ("/dev/accel0",)}  # their files on Linux
+
+
+def unused_accelerator() -> str | None:
+    """A line about an accelerator that is there and that JAX, running on the CPU, does not use; None: there is none."""
+    if jax.default_backend() != "cpu" or "cpu" in (os.environ.get("JAX_PLATFORMS") or ""):
+        return None
+    for name, files in ACCELERATORS.items():
+        if any(map(os.path.exists, files)):
+            remedy = f"bash scripts/requirements.sh {name} installs what it needs"
+            return f"this machine has an accelerator ({name}) that JAX does not use; {remedy}"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Host:
     """A host among those that share a job: `index` of `count`, each with `local_devices` devices."""

@@ -1,6 +1,7 @@
 """The jobs of main.py: each mode checks its configuration, plans its job and hands the plan to a module of `jobs`."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from jobs.sample import sample_checkpoint, sample_plan
 from jobs.stages import stage_in, stage_of
 from jobs.train import train_plan, train_stage
 from utils import InputError, absolute, user_path
+
+logger = logging.getLogger("seqrf")
 
 
 def train(config: Config, workdir: epath.PathLike, *, log_name: str = "seqrf", dry_run: bool = False) -> None:
@@ -82,6 +85,9 @@ def _prepare(config: Config, mode: str) -> None:
     distributed.check_devices()
     runtime.set_up_compilation_cache(runtime.cache_folder() / "compiled")
     check_batches(config, mode, devices=jax.device_count())
+    logger.info("running on %s", distributed.description())
+    if (line := distributed.unused_accelerator()) is not None:
+        logger.warning(line)
 
 
 def _run(job: Any, plan: Any, dry_run: bool, held: Sequence[epath.Path] = ()) -> None:
@@ -92,6 +98,5 @@ def _run(job: Any, plan: Any, dry_run: bool, held: Sequence[epath.Path] = ()) ->
                 alone.enter_context(exclusive(folder))
             job(plan)
     elif distributed.is_first_host():
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"
-        for name, value in (plan.summary() | {"devices": devices}).items():
+        for name, value in (plan.summary() | {"devices": distributed.description()}).items():
             print(f"{name + ':':12} {value}")

@@ -92,6 +92,9 @@ def terminal_logging() -> Iterator[None]:
     # A failed save is raised to us as well: its four tracebacks in the log, and what asyncio adds, tell nothing more.
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # JAX says so too, without the remedy of `distributed.unused_accelerator`.
+    unused = "may be present on this machine"
+    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: unused not in record.getMessage())
     logging.raiseExceptions = False  # of wandb's own log, on a disk that is full
     sys.unraisablehook = _without_late_errors(sys.unraisablehook)
     handler = logging.StreamHandler()

@@ -16,6 +16,7 @@ MOST_IMAGES = 2**17  # in a batch: a typing error beyond this would fill the mem
 
 page = Page()
 page.seed = setting(42, least=0, most=2**31 - 2)  # everything random in every stage follows from it
+page.tensorboard = setting(False, may_change=True)  # also write the numbers for TensorBoard, into `tensorboard/`
 page.recipe = setting("paper")  # its name, for tables: give it after the file's name, --config=FILE.py:NAME
 
 data = page.section("data")

@@ -72,7 +72,8 @@ def tracker_of(settings: dict[str, Any], folder: epath.Path, workdir: epath.Path
     primary = distributed.is_first_host()
     record = provenance.of_process(settings)
     shown = record["config"] | {"provenance": {key: value for key, value in record.items() if key != "config"}}
-    tracker = Tracker(folder, workdir=workdir, name=name, config=shown, primary=primary, **options)
+    board = settings["tensorboard"]
+    tracker = Tracker(folder, workdir=workdir, name=name, config=shown, primary=primary, tensorboard=board, **options)
     if primary:
         utils.write_json(folder / "provenance.json", record)
     return tracker

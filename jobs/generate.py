@@ -168,7 +168,7 @@ def generate_pairs(plan: GenerationPlan) -> None:
             made = {"pairs": summary.pairs, "pairs_per_second": summary.pairs_per_second, "seconds": summary.seconds}
             made |= {f"nfe_segment_{i}": nfe for i, nfe in enumerate(summary.nfe)}
             existing = pairs.pairs - sum(map(pairs.count, pairmanifest.missing_files(pairs)))
-            tracker.log(existing, made)
+            tracker.log(existing, made, shown=f"{existing} of {pairs.pairs} pairs")
             builders.log_pictures(tracker, existing, samples)
     logger.info("the %s are in %s", "trajectories" if plan.is_trajectory else "pairs", pairs.folder)
 

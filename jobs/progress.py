@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import numpy as np
 
 import distributed
 from utils import InputError
+
+logger = logging.getLogger("seqrf")
 
 PROFILED_UPDATES, UNPROFILED_CALLS = 10, 3
 MOST_DROPPED = 10  # in a row, with training.nan_policy='skip'
@@ -38,6 +41,23 @@ def profiled(calls: Iterator[tuple[Any, int]], folder: os.PathLike) -> Iterator[
     yield from calls
 
 
+def announced(program: Callable, what: str) -> Callable:
+    """`program`, which says before its first call that it is compiled, and afterwards how long that took."""
+    is_compiled = False
+
+    def called(*arguments: Any) -> Any:
+        nonlocal is_compiled
+        if is_compiled:
+            return program(*arguments)
+        is_compiled, began = True, time.perf_counter()
+        logger.info("compiling %s", what)
+        results = jax.block_until_ready(program(*arguments))
+        logger.info("compiled %s in %.0f s", what, time.perf_counter() - began)
+        return results
+
+    return called
+
+
 class Pace:
     """Images per second, and the share of time that the host waited for input, since the last log."""
 
@@ -58,12 +78,13 @@ class Pace:
         yield
         self._waited += time.perf_counter() - began
 
-    def add(self, updates: int) -> None:
-        """Counts updates; not the first ones, whose program was compiled."""
+    def add(self, updates: int) -> bool:
+        """Counts updates; not the first ones, whose program was compiled. Returns whether these were the first."""
         self._updates += updates
-        if not self._is_compiled:
-            self._is_compiled = True
+        is_first, self._is_compiled = not self._is_compiled, True
+        if is_first:
             self.restart()
+        return is_first
 
     def summary(self) -> dict[str, float]:
         """The numbers to log, none where there was no update; counts from now."""

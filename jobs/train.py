@@ -379,7 +379,7 @@ def _lpips(plan: TrainPlan) -> Callable | None:
 def _update_until_done(run: _Run, state: train_step.TrainState):
     """Raises Preempted, with the state saved, if the process is asked to stop; InputError as `UpdateMetrics.check`."""
     plan, cadence, n_iters, step = run.plan, run.plan.cadence, run.plan.values.n_iters, int(state.step)
-    program = update_program(plan)
+    program = progress.announced(update_program(plan), "the training step")
     state, seed = distributed.replicate((state, np.uint32(plan.seed)))
     run_ahead, any_host, metrics = distributed.RunAhead(), distributed.AnyHost(), _update_metrics(run)
     rates, pace = _learning_rates(plan), progress.Pace(plan.batch_size)
@@ -392,7 +392,8 @@ def _update_until_done(run: _Run, state: train_step.TrainState):
             run_ahead.add(computed)
             before, step = step, step + count
             metrics.add(step, computed)
-            pace.add(count)
+            if pace.add(count):
+                bar.unpause()  # its clock did not run while the step was compiled
             bar.update(count)
             if step // cadence.log > before // cadence.log or step == n_iters:
                 run.saved.check()
@@ -413,7 +414,21 @@ def _update_metrics(run: _Run) -> progress.UpdateMetrics:
     remedy = f"lower optim.lr, or look at the data; the checkpoints before it are in {run.plan.folder}"
     if not drops:
         remedy = f"use training.nan_policy=skip to drop such updates, {remedy}"
-    return progress.UpdateMetrics(run.tracker.log, drops=drops, remedy=remedy)
+
+    def log(step: int, values: dict[str, Any]) -> None:
+        run.tracker.log(step, values, shown=_place(run.plan, step, values))
+
+    return progress.UpdateMetrics(log, drops=drops, remedy=remedy)
+
+
+def _place(plan: TrainPlan, step: int, values: dict[str, Any]) -> str:
+    """Where a stage is, for its lines of log, such as 'update 50 of 1400, 01:20 left, 11.2 GiB'."""
+    parts = [f"update {step} of {plan.values.n_iters}"]
+    if pace := values.get("images_per_second"):
+        parts.append(f"{tqdm.tqdm.format_interval((plan.values.n_iters - step) * plan.batch_size / pace)} left")
+    if memory := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):  # not known of a CPU
+        parts.append(f"{memory / 2**30:.1f} GiB")
+    return ", ".join(parts)
 
 
 def _calls(plan: TrainPlan, step: int, pace: progress.Pace) -> Iterator[tuple[dict[str, jax.Array], int]]:

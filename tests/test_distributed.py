@@ -143,6 +143,17 @@ def test_devices_that_are_not_there_are_named(monkeypatch, error, reason):
         distributed.check_devices()
 
 
+def test_an_accelerator_that_is_there_and_not_used_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "ACCELERATORS", {"cuda": (str(tmp_path / "nvidia0"),)})
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert distributed.unused_accelerator() is None
+    (tmp_path / "nvidia0").touch()
+    assert "(cuda) that JAX does not use; bash scripts/requirements.sh cuda" in distributed.unused_accelerator()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert distributed.unused_accelerator() is None
+    assert distributed.description() == "2 x cpu"
+
+
 def test_all_hosts_stop_at_the_same_call_where_one_is_signalled():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

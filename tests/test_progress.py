@@ -1,5 +1,7 @@
 """Values of updates: what is logged and when, and which updates stop a run."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 
@@ -7,6 +9,15 @@ from jobs import progress
 from utils import InputError
 
 NAN = float("nan")
+
+
+def test_the_first_call_of_a_program_is_announced(caplog):
+    program = progress.announced(lambda x: x + 1, "the step")
+    with caplog.at_level("INFO", logger="seqrf"):
+        assert [program(n) for n in (1, 2)] == [2, 3]
+    compiling, compiled = caplog.messages
+    assert compiling == "compiling the step"
+    assert re.fullmatch(r"compiled the step in \d+ s", compiled)
 
 
 def values_of(losses, gradient_norms=None, parameter_norms=None):

@@ -64,13 +64,18 @@ def test_every_question_is_on_cells_of_the_study():
         assert {Cell(recipe, n, 0).id for recipe in (first, second)} <= ids
 
 
-def test_a_row_costs_the_budget_and_comes_out_the_same_again(bench, tmp_path, monkeypatch):
+def test_a_row_costs_the_budget(bench, tmp_path, monkeypatch):
     cell, study = Cell(Recipe(2, m=1, on_policy=True), 2, 0), study_run.Study(bench, tmp_path / "a")
     monkeypatch.setattr(study_run, "_commit", lambda: "checked out meanwhile")
     row = study.row(cell)
     assert row["commit"] != "checked out meanwhile"
     update = bench.batch_size * (CALLS_PER_EXAMPLE + 0.5)  # (N - 1) / 2 calls of the student, N = 2
     assert bench.calls - update < row["network_calls"] <= bench.calls
+
+
+def test_a_row_that_is_made_again_is_verified_by_its_metrics(bench, tmp_path, monkeypatch):
+    cell, study = Cell(Recipe(0), 2, 0), study_run.Study(bench, tmp_path / "a")
+    row = study.row(cell)
     monkeypatch.setattr(study_run, "read_rows", lambda: [row])
     assert study_run.verify(study, cell)
     row |= {"rms_to_teacher_1e-4": 0.1}

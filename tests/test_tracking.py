@@ -21,6 +21,7 @@ def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_PROJECT", "ours")
     run = tracker(tmp_path)
     assert run._wandb.project == "ours"
+    assert (run._wandb.group, run._wandb.name) == (tmp_path.name, f"{tmp_path.name} test")
     run.log(10, {"loss": np.float32(0.5)})
     run.log(20, {"loss": float("nan")})
     run.close()
@@ -29,6 +30,24 @@ def test_numbers_reach_metrics_json_and_an_offline_wandb_run(tmp_path, monkeypat
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
+
+
+def test_numbers_reach_tensorboard_where_asked(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tensorflow = pytest.importorskip("tensorflow")
+    with caplog.at_level("INFO", logger="seqrf"):
+        run = tracker(tmp_path, tensorboard=True, prefix="a/")
+        run.log(10, {"loss": np.float32(0.5)}, shown="10 of 20 pairs")
+        run.close()
+    assert caplog.messages[-1] == "a/10 of 20 pairs: loss 0.5"
+    (events,) = (tmp_path / "stage" / "tensorboard").glob("events.*")
+    found = [
+        (event.step, value.tag, value.simple_value)
+        for event in tensorflow.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    ]
+    assert found == [(10, "a/loss", 0.5)]
+    assert not list(tracker(tmp_path / "without")._path.parent.glob("tensorboard"))
 
 
 def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):

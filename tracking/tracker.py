@@ -37,6 +37,7 @@ class Tracker:
         resume_step: float = math.inf,
         file_name: str = "metrics.json",
         prefix: str = "",
+        tensorboard: bool = False,
     ):
         """
         Args:
@@ -48,6 +49,7 @@ class Tracker:
           resume_step: the step that the run resumes from; lines of metrics.json after it are dropped.
           file_name: of metrics.json, where several runs write into one folder.
           prefix: of every name in wandb, for a run that `branch` has several parts of.
+          tensorboard: also write the numbers for TensorBoard, into `<folder>/tensorboard`.
 
         Raises:
           InputError: wandb cannot write into `workdir`.
@@ -55,6 +57,10 @@ class Tracker:
         self._primary = primary
         self._branches: list[Tracker] = []
         self._open(epath.Path(folder) / file_name, prefix, resume_step)
+        self._board = None
+        if primary and tensorboard:
+            writer = utils.needed("tensorboardX", "--config.tensorboard=True").SummaryWriter
+            self._board = writer(os.fspath(epath.Path(folder) / "tensorboard"))
         if primary:
             self._wandb = _wandb_run(workdir, name, config)
 
@@ -77,15 +83,22 @@ class Tracker:
         """The logged numbers, one {"step": ..., name: number, ...} for each step, by step."""
         return [self._lines[step] for step in sorted(self._lines)]
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Logs numbers at a step, beside those of other names. metrics.json is written by the next `flush`."""
+    def log(self, step: int, values: dict[str, Any], *, shown: str | None = None) -> None:
+        """Logs numbers at a step, beside those of other names. metrics.json is written by the next `flush`.
+
+        Args:
+          shown: what the terminal says before them; None: 'update <step>'.
+        """
         if not self._primary:
             return
         values = {name: _plain(value) for name, value in values.items()}
         self._lines.setdefault(step, {"step": step}).update(values)
         self._tell_wandb(lambda run: run.log({self._prefix + name: value for name, value in values.items()}, step=step))
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
-        logger.info("%supdate %d: %s", self._prefix, step, shown)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(self._prefix + name, value, step)
+        numbers = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+        logger.info("%s%s: %s", self._prefix, shown or f"update {step}", numbers)
 
     def picture(self, step: int, name: str, path: epath.PathLike) -> None:
         """Shows a PNG file in wandb."""
@@ -113,6 +126,8 @@ class Tracker:
         if self._primary:
             for part in (self, *self._branches):
                 part.flush()
+            if self._board is not None:
+                self._board.close()
             self._tell_wandb(lambda run: run.finish())
 
     def _tell_wandb(self, send: Callable[[Any], None]) -> None:
@@ -171,7 +186,10 @@ def _wandb_run(workdir, name, config):
     identity = hashlib.sha256(f"{utils.absolute(folder)} {name}".encode()).hexdigest()[:16]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
     project = os.environ.get("WANDB_PROJECT") or "seqrf"
-    arguments = {"project": project, "name": name, "id": identity, "resume": "allow", "config": config}
+    arguments = {"project": project, "id": identity, "resume": "allow", "config": config}
+    # Runs of one workdir are a group, and their names begin with its name.
+    shown = utils.absolute(folder).name
+    arguments |= {"name": f"{shown} {name}", "group": shown, "job_type": name.rpartition("-")[2]}
     arguments["dir"] = os.fspath(local)
     try:
         return wandb.init(mode=mode, settings=settings, **arguments)
