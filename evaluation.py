@@ -209,12 +209,13 @@ def trajectory_metrics(
     # Every batch and device has the same number of noises, so means of means are means.
     mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=(0, 1)), *batches)
     check_finite(np.isfinite(mean.total), sampler)
+    ts = batches[0].ts[0, sampler.states]  # a mean of times would be a rounding error off the boundaries
     return TrajectoryMetrics(
         straightness=float(mean.total),
         sequential_straightness=float(mean.sequential),
-        ts=batches[0].ts[0],  # a mean of times would be a rounding error off the boundaries
-        curve=mean.curve,
-        sequential_curve=mean.sequential_curve,
+        ts=ts,
+        curve=mean.curve[: ts.size - 1],
+        sequential_curve=mean.sequential_curve[: ts.size - 1],
     )
 
 

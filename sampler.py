@@ -28,6 +28,7 @@ from utils import InputError
 
 FINE_NOISES = 128  # of the fine trajectories, see `segments.FINE_STEPS`
 SAMPLE_BATCH = 64  # images that are solved together where nobody says otherwise
+LEAST_STEPS = 16  # that a program of a fixed grid has room for
 TRAJECTORY_BYTES = 1 << 30  # most memory of one device for the states of trajectories
 
 
@@ -85,7 +86,8 @@ class Sampler:
       seed: of the noises. Noise i is the same for every batch size and number of devices. Like the time grid an
         argument of the compiled programs.
       time_grid: [num_scales + 1] times in t for method "pc"; None: uniform inside each segment. It is an argument of
-        the compiled programs, since every checkpoint may have its own.
+        the compiled programs, which serve all numbers of steps; there it has times of 0 behind it.
+      steps: num_scales as an argument of the compiled programs; None: that of the options.
       programs: shared by samplers of this network and these segments, which `dataclasses.replace` makes of one another.
     """
 
@@ -95,6 +97,7 @@ class Sampler:
     options: SamplerOptions
     seed: int | UInt32[Array, ""]
     time_grid: Float[Array | np.ndarray, "times"] | None = None
+    steps: Int[Array, ""] | None = None
     programs: Programs = dataclasses.field(default_factory=Programs, repr=False, compare=False)
 
     @property
@@ -117,6 +120,7 @@ class Sampler:
         """`sampling.solve` from `noise`, as this sampler says. Adaptive steps are taken in float32."""
         model = models.in_float32(self.model) if self.options.is_adaptive else self.model
         velocity, options = models.velocity_fn(model, params), self.options.record()
+        options |= {} if self.steps is None else {"num_scales": self.steps}
         return sampling.solve(
             velocity, noise, self.boundaries, time_grid=self.time_grid, save_trajectory=save_trajectory, **options
         )
@@ -127,18 +131,34 @@ class Sampler:
         Args:
           name: of what `function` computes; programs of one name and one shape of `arguments` are the same.
           function: (sampler, params, indices [b]) -> a tree of arrays.
-          arguments: ((params, time_grid, seed), indices), a copy for each device, as `map_noises` makes them.
+          arguments: ((params, *`grid_argument`, seed), indices), a copy for each device, as `map_noises` makes them.
         """
 
         def on_device(arguments: Any, indices: Array) -> Any:
-            params, time_grid, seed = arguments
-            return function(dataclasses.replace(self, time_grid=time_grid, seed=seed), params, indices)
+            params, time_grid, steps, seed = arguments
+            traced = dataclasses.replace(self, time_grid=time_grid, steps=steps, seed=seed)
+            return function(traced, params, indices)
 
         def build() -> Any:
             mapped: Any = distributed.map_devices(on_device)
             return mapped.lower(*arguments).compile()
 
-        return self.programs.get((name, arguments[1].shape, self.time_grid is None, self.options), build)
+        options = dataclasses.replace(self.options, num_scales=None)
+        return self.programs.get((name, arguments[1].shape, np.shape(arguments[0][1]), options), build)
+
+    def grid_argument(self) -> tuple[Float[np.ndarray, "times"] | None, Int[np.ndarray, ""] | None]:
+        """The times of a fixed grid, as many times of 0 behind them as programs have, and the number of steps."""
+        n = self.options.num_scales
+        if self.options.is_adaptive or n is None:
+            return None, None
+        times = segments.step_grid(self.boundaries, n).ts if self.time_grid is None else self.time_grid
+        return np.pad(np.asarray(times, np.float32), (0, _most_steps(n) - n)), np.asarray(n, np.int32)
+
+    @property
+    def states(self) -> slice:
+        """Of the states of a trajectory in a compiled program those up to the last step."""
+        steps = self.options.num_scales
+        return slice(None) if self.options.is_adaptive or steps is None else slice(steps + 1)
 
     def map_noises(
         self, name: str, function: Callable, params: Any, count: int, per_device: int, *, all_hosts: bool = True
@@ -158,7 +178,7 @@ class Sampler:
         """
         devices = jax.local_device_count()
         host = distributed.this_host() if all_hosts else distributed.Host(0, 1, devices)
-        arguments = distributed.replicate((params, self.time_grid, np.asarray(self.seed, np.uint32)))
+        arguments = distributed.replicate((params, *self.grid_argument(), np.asarray(self.seed, np.uint32)))
         share = np.arange(devices * per_device, dtype=np.int32).reshape(devices, per_device)
         indices = share + host.index * share.size
         program = self.program(name, function, (arguments, indices))
@@ -231,7 +251,7 @@ class Sampler:
         per_device = self.trajectories_per_device(count, all_hosts=False)
         _, results, _ = next(self.map_noises("trajectory", solve, params, 1, per_device, all_hosts=False))
         ts, xs = jax.device_get(results)
-        return ts[0], np.concatenate(xs, axis=1)[:, :count]
+        return ts[0, self.states], np.concatenate(xs, axis=1)[self.states, :count]
 
     def trajectories_per_device(self, count: int, states: int | None = None, *, all_hosts: bool = True) -> int:
         """Images of each device for a batch of `count`, or as many, at least one, as there is memory for.
@@ -241,7 +261,7 @@ class Sampler:
           all_hosts: whether the devices of all hosts share the batch.
         """
         if states is None:
-            states = max(sampling.TRAJECTORY_POINTS, self.options.num_scales or 0) + len(self.boundaries)
+            states = max(sampling.TRAJECTORY_POINTS, _most_steps(self.options.num_scales or 1)) + len(self.boundaries)
         room = min(TRAJECTORY_BYTES, sampling.trajectory_memory())
         devices = jax.device_count() if all_hosts else jax.local_device_count()
         return max(1, min(_images_per_device(count, devices), room // (4 * states * math.prod(self.image_shape))))
@@ -280,6 +300,11 @@ class Sampler:
         adaptive.fine_step_spans(self.boundaries, num_scales, segments.FINE_STEPS)
         times = adaptive.adaptive_times(self.fine_distances(params), self.boundaries, num_scales)
         return dataclasses.replace(self, time_grid=times)
+
+
+def _most_steps(num_scales: int) -> int:
+    """The steps that a program has room for which takes `num_scales`: a power of two, so that few programs do."""
+    return max(LEAST_STEPS, 1 << (num_scales - 1).bit_length())
 
 
 def check_finite(is_finite: Any, sampler: Sampler) -> None:

@@ -176,7 +176,7 @@ def solve(
     *,
     method: str,
     tol: float | None = None,
-    num_scales: int | None = None,
+    num_scales: Int[ArrayLike, ""] | None = None,
     predictor: str | None = None,
     save_trajectory: bool = False,
     solver: str = "dopri5",
@@ -191,14 +191,15 @@ def solve(
       boundaries: [k + 1] in t, decreasing from 1 to 0; may be traced, as may `time_grid`.
       method: "ode": adaptive steps of `solver` with rtol = atol = `tol`. "pc": `num_scales` fixed steps of `predictor`.
       tol: of "ode", above 0.
-      num_scales: N of "pc", at least k.
+      num_scales: N of "pc", at least k. May be traced where there is a `time_grid`: one program then serves many N.
       predictor: of "pc", a name in PREDICTORS; "rf_solver" (Euler, the default), "rf_solver_heun" (Heun),
         "rf_reinterpolate" (`Reinterpolate`) or a Runge-Kutta method's name.
       save_trajectory: also return the intermediate states.
       solver: of "ode", a name in SOLVERS.
       error_norm: of "ode", "batch": one step size for all of x (SciPy's RK45 on the flattened batch), or "sample": one
         for each image.
-      time_grid: of "pc", [N + 1] times that contain the boundaries; None: uniform inside each segment.
+      time_grid: of "pc", [N + 1] times that contain the boundaries; None: uniform inside each segment. Where N is
+        traced more times may follow, all 0: a trajectory has as many states, and its last one is the sample.
 
     Raises:
       ValueError: an unknown name, a missing tol or num_scales, num_scales < k; boundaries or times that do not decrease
@@ -215,14 +216,14 @@ def solve(
     if num_scales is None:
         raise ValueError("method 'pc' needs num_scales, the number of steps")
     if time_grid is None:
-        grid = segments.step_grid(boundaries, num_scales)
+        grid = segments.step_grid(boundaries, int(num_scales))
     else:
         grid = segments.step_grid_of_times(boundaries, time_grid)
         steps = grid.segment.size
-        if steps != num_scales:
+        if not isinstance(num_scales, jax.core.Tracer) and steps != num_scales:
             raise ValueError(f"time_grid has {steps + 1} times; num_scales = {num_scales} needs {num_scales + 1}")
     predictor = _make_solver(PREDICTORS, predictor or "rf_solver", "predictor")
-    return _solve_fixed(velocity, x, boundaries, grid, predictor, save_trajectory)
+    return _solve_fixed(velocity, x, boundaries, grid, num_scales, predictor, save_trajectory)
 
 
 def solve_segment(
@@ -302,28 +303,30 @@ def _calls_per_step(solver) -> int:
 # --- fixed grid -------------------------------------------------------------------------------------------------------
 
 
-def _solve_fixed(velocity, x, boundaries, grid: segments.StepGrid, solver, save_trajectory) -> Samples:
-    steps = grid.segment.size
+def _solve_fixed(velocity, x, boundaries, grid: segments.StepGrid, steps, solver, save_trajectory) -> Samples:
+    """The first `steps` steps of the grid: all of them where the number is not traced."""
+    most = grid.segment.size
     if save_trajectory:
-        _check_trajectory_memory(steps + 1, x)
+        _check_trajectory_memory(most + 1, x)
     taus = segments.tau_of_t(boundaries)
 
-    def step(carry: tuple, now: segments.StepGrid) -> tuple:
-        x, solver_state = carry
+    def step(n: Array, carry: tuple) -> tuple:
+        x, solver_state, states = carry
+        now = jax.tree.map(lambda values: values[n], grid)
         tau_from, tau_to = segments.tau_of_t(now.t_from), segments.tau_of_t(now.t_to)
         term, span = _ode_term(velocity, now.segment), (taus[now.segment], taus[now.segment + 1])
         # A segment's first step is a jump for diffrax: a slope kept from the segment before had other weights.
         x, _, _, solver_state, _ = solver.step(term, tau_from, tau_to, x, span, solver_state, now.starts_segment)
-        return (x, solver_state), (x if save_trajectory else None)
+        return x, solver_state, (states.at[n + 1].set(x) if save_trajectory else None)
 
     first = solver.init(_ode_term(velocity, grid.segment[0]), segments.EPS, 1.0, x, None)
-    (end, _), states = jax.lax.scan(step, (x, first), grid)
+    states = jnp.zeros((most + 1, *x.shape), x.dtype).at[0].set(x) if save_trajectory else None
+    end, _, states = jax.lax.fori_loop(0, steps, step, (x, first, states))
     # An FSAL solver computes the slope that it keeps anew once a segment.
-    nfe = jnp.int32(_calls_per_step(solver) * steps) + _is_fsal(solver) * jnp.sum(grid.starts_segment, dtype=jnp.int32)
-    if not save_trajectory:
-        return Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe))
-    xs = jnp.concatenate([x[None], states])
-    return Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe), ts=grid.ts, xs=xs)
+    starts = jnp.sum(grid.starts_segment & (jnp.arange(most) < steps), dtype=jnp.int32)
+    nfe = jnp.asarray(_calls_per_step(solver) * steps + _is_fsal(solver) * starts, jnp.int32)
+    samples = Samples(x=end, nfe=nfe, nfe_each=jnp.full(x.shape[:1], nfe))
+    return samples._replace(ts=grid.ts, xs=states.at[-1].set(end)) if save_trajectory else samples
 
 
 # --- adaptive ---------------------------------------------------------------------------------------------------------

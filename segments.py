@@ -138,7 +138,8 @@ def step_grid_of_times(boundaries: TimesLike, ts: TimesLike) -> StepGrid:
             if missing:
                 raise ValueError(f"the step times lack the segment boundaries {missing}")
     ts, boundaries = jnp.asarray(ts, jnp.float32), jnp.asarray(boundaries, jnp.float32)
-    index = jnp.searchsorted(-boundaries, -ts[:-1], side="right") - 1
+    # Times of 0 behind the last step are of no segment.
+    index = jnp.minimum(jnp.searchsorted(-boundaries, -ts[:-1], side="right") - 1, boundaries.size - 2)
     return StepGrid(
         t_from=ts[:-1],
         t_to=ts[1:],

@@ -37,8 +37,8 @@ def straightness(
     states. The boundaries need not be among `ts`. docs/method.md, section 6.
 
     Args:
-      ts: times decreasing from 1 to 0, not necessarily uniform.
-      xs: the states at those times.
+      ts: times decreasing from 1 to 0, not necessarily uniform; more times of 0 behind them count for nothing.
+      xs: the states at those times; the last one is that of time 0.
       boundaries: [k + 1] in t, of the segments to measure over.
     """
     boundaries = jnp.asarray(boundaries, jnp.float32)
@@ -54,9 +54,10 @@ def straightness(
 
     def step(n: Array) -> tuple:
         # Indexed inside the loop: slices as the loop's inputs would be two more copies of all states.
-        slope = (xs[n] - xs[n + 1]) / lengths[n]
+        length = jnp.where(lengths[n] > 0, lengths[n], 1.0)  # of no length are what follows the last step
+        slope = (xs[n] - xs[n + 1]) / length
         per_segment = jax.lax.map(lambda chord: mean_square(chord - slope), chords)
-        return mean_square(xs[0] - xs[-1] - slope), jnp.sum(overlap[n] * per_segment) / lengths[n]
+        return mean_square(xs[0] - xs[-1] - slope), jnp.sum(overlap[n] * per_segment) / length
 
     curve, sequential_curve = jax.lax.map(step, jnp.arange(lengths.size))
     return Straightness(

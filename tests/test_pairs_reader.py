@@ -52,6 +52,7 @@ def test_every_epoch_has_every_pair_once_in_another_order(large_set):
     assert all(len(set(epoch)) == 174 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
     assert {frozenset(epoch) for epoch in epochs} == {frozenset(order)}
+    assert len({frozenset(epoch[:48]) for epoch in epochs}) == 5  # the pairs of the first four files, which are others
     assert names_of(stream(large_set, 6, 29, seed=1)) != epochs[0]
 
 

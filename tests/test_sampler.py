@@ -1,5 +1,6 @@
 """Samples, trajectories and fine trajectories over devices and batches, against `sampling.solve` and closed forms."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import models
 import sampler
 import sampling
 import segments
+from metrics.straightness import straightness
 from utils import InputError
 
 SAMPLE = ODE | {"error_norm": "sample"}
@@ -221,6 +223,31 @@ def test_other_weights_and_their_time_grid_need_no_other_program(monkeypatch):
     assert counts[1] - counts[0] == direct_only
     assert direct_only < counts[0]
     assert len(tested.programs._compiled) == 3  # fine trajectories, samples, straightness
+
+
+@pytest.mark.parametrize("predictor", ["rf_solver", "rf_solver_heun", "bosh3", "rf_reinterpolate"])
+def test_all_numbers_of_steps_share_a_program(predictor):
+    first, counts = sampler_of(Pieces((0.7, 0.2), 2), EULER | {"predictor": predictor}, [1.0, 0.4, 0.0]), []
+    params = slopes(3, 2)
+    for steps in (2, 3, 8, 16):
+        options = dataclasses.replace(first.options, num_scales=steps)
+        tested = dataclasses.replace(first, options=options)
+        batches, cost = sampled(tested, params, 4, 4)
+        run = direct(tested, params, save_trajectory=True)(range(4))
+        np.testing.assert_allclose(batches[0], run.x, atol=1e-6)
+        assert cost["nfe"] == run.nfe
+        ts, xs = tested.trajectory(params, 4)
+        np.testing.assert_array_equal(ts, run.ts)
+        np.testing.assert_allclose(xs, run.xs, atol=1e-6)
+        found = evaluation.trajectory_metrics(tested, params, np.float32([1, 0.4, 0]), 4, 4)
+        expected = straightness(run.ts, run.xs, [1, 0.4, 0])
+        for name in ("ts", "curve", "sequential_curve"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.sequential_straightness, expected.sequential, rtol=1e-4, atol=1e-6)
+        counts.append(len(tested.programs._compiled))
+    assert counts == [3, 3, 3, 3]
+    tested = dataclasses.replace(first, options=dataclasses.replace(first.options, num_scales=17))
+    np.testing.assert_allclose(sampled(tested, params, 4, 4)[0][0], direct(tested, params)(range(4)).x, atol=1e-6)
 
 
 def test_a_uniform_grid_and_an_adaptive_solver_are_left_alone():
