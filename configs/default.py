@@ -148,8 +148,9 @@ evaluate.segments = setting(0, least=0)  # a 1-RF's sequential straightness is o
 evaluate.save_trajectory = setting(False)  # keep one batch's trajectory and its times
 evaluate.straightness_samples = setting(1_024, least=1)  # noises behind straightness and truncation error
 evaluate.inception_path = setting("none")  # a SavedModel folder; 'none': TF-GAN's handle on TF-Hub
-# auto: Inception, of grey images a classifier; inception_v3: of published figures at 256 pixels and more
-evaluate.feature_network = setting("auto", choices=("auto", "inception_v3", "pixels"))
+# auto: Inception, of grey images a classifier; classifier: of labelled colour images too; inception_v3: of published
+# figures at 256 pixels and more
+evaluate.feature_network = setting("auto", choices=("auto", "classifier", "inception_v3", "pixels"))
 evaluate.feature_backend = setting("auto", choices=("auto", "tensorflow", "jax"))  # runs Inception
 evaluate.reference = setting("none")  # an npz file of statistics; 'none': made from the training images
 evaluate.max_real = setting(0, least=4, or_zero=True)  # training images behind those; 0: all

@@ -234,6 +234,8 @@ def evaluate_checkpoints(plan: EvaluationPlan) -> None:
             weights = first.pop(step, None) or source.load(plan.network)
             sampler = _sampler(plan, plan.boundaries[step], programs)
             exact = {"truncation_error": _reference(plan, sampler, weights.ema_params)}
+            if _is_teacher(plan, weights, sampler, teacher):
+                exact = {"truncation_error": judged_by["rms_to_teacher"]}  # the same solves
             last = int(weights.step) if step is None else step
             checkpoint = CheckpointUnderTest(
                 last, weights.ema_params, sampler, exact | judged_by, teacher, _origin(plan, source)
@@ -295,6 +297,12 @@ def _teacher(plan: EvaluationPlan, programs: dict[tuple[float, ...], Programs]) 
     params = plan.teacher.load(plan.network).ema_params
     sampler = _sampler(plan, plan.teacher_boundaries, programs)
     return fingerprint(params), {"rms_to_teacher": _reference(plan, sampler, params)}
+
+
+def _is_teacher(plan: EvaluationPlan, weights: models.Weights, sampler: Sampler, teacher: str | None) -> bool:
+    """Whether the checkpoint that is measured is the teacher, on the same segments."""
+    same_segments = np.array_equal(sampler.boundaries, np.asarray(plan.teacher_boundaries, np.float32))
+    return teacher is not None and same_segments and teacher == fingerprint(weights.ema_params)
 
 
 def _measure(

@@ -45,7 +45,8 @@ class Options:
       feature_backend: what runs Inception, see `metrics.inception.inception`.
       file: an npz file of them; 'none': the data set's own training images.
       max_real: how many of those; 0: all.
-      network: 'auto', 'inception_v3' for `metrics.inception.V3`, or 'pixels' for `feature_networks.pixel_network`.
+      network: 'auto'; 'classifier' for `feature_networks.label_classifier`, of labelled colour pictures too;
+        'inception_v3' for `metrics.inception.V3`; 'pixels' for `feature_networks.pixel_network`.
     """
 
     inception_path: str = "none"
@@ -154,7 +155,7 @@ def feature_network(
     """
     if options.network == "pixels":
         return feature_networks.pixel_network()
-    if data.num_channels == 1 and options.network == "auto":
+    if options.network == "classifier" or (data.num_channels == 1 and options.network == "auto"):
         return feature_networks.label_classifier(data, cache_dir)
     kind = inception.V3 if options.network == "inception_v3" else inception.TFGAN
     return inception.inception(options.inception_path, options.feature_backend, kind)

@@ -14,6 +14,7 @@ import dataclasses
 import os
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,11 +61,18 @@ class Refused(Unusable):
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """How pictures become arrays: the side, the colour behind what is transparent, and `--levels`."""
+    """How pictures become arrays: the side, the colour behind transparency, `--levels`, `--grey` and `--crop`."""
 
     size: int
     background: tuple[int, int, int] = (255, 255, 255)
     levels: tuple[float, float] | None = None
+    grey: bool = False
+    crop: str = "centre"
+
+    @property
+    def channels(self) -> int:
+        """1 of grey pictures, else 3."""
+        return 1 if self.grey else 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,15 +261,25 @@ def without_depth(facts: dict[Path, Facts]) -> list[Refused]:
     return refused
 
 
-def square_picture(path: Path, rendering: Rendering) -> UInt8[np.ndarray, "size size 3"]:
-    """The central square of a picture, upright (EXIF), RGB, over the background, resized without aliasing.
+def square_picture(path: Path, rendering: Rendering) -> UInt8[np.ndarray, "size size channels"]:
+    """A square of a picture, upright (EXIF), in RGB or grey, over the background, resized without aliasing.
+
+    The central one, one at a place that follows from the file's name, or with `crop` "none" the whole, squeezed.
 
     Raises:
       Unusable: as `opened`; all of it is transparent.
     """
     with opened(path) as picture:
         rgb = _upright(picture, rendering)
-    return np.asarray(PIL.ImageOps.fit(rgb, (rendering.size, rendering.size), PIL.Image.Resampling.LANCZOS))
+    side, filtering = (rendering.size, rendering.size), PIL.Image.Resampling.LANCZOS
+    if rendering.crop == "none":
+        square = rgb.resize(side, filtering)
+    else:
+        place = np.random.default_rng(zlib.crc32(os.fsencode(path.name))).random(2)
+        centre = (0.5, 0.5) if rendering.crop == "centre" else tuple(place.tolist())
+        square = PIL.ImageOps.fit(rgb, side, filtering, centering=centre)
+    array = np.asarray(square.convert("L") if rendering.grey else square)
+    return array.reshape(rendering.size, rendering.size, rendering.channels)
 
 
 def _upright(picture, rendering) -> PIL.Image.Image:

@@ -17,17 +17,23 @@ order depend only on the pictures and their paths below FOLDER.
   of more pixels than Pillow takes for harmless, must be converted or moved.
 - Transparent pictures are laid over --background (white). Of several frames or pages the first is taken, and named.
 
+- Where all pictures lie in two or more folders of FOLDER, those are their labels.
+- --grey stores one channel; --test 0.1 makes a split 'test' of a tenth; --crop none stores whole pictures, squeezed,
+  --crop random another square than the central one.
+
 DATA_DIR is what `--config.data.data_dir` names (default: TFDS's own folder). Exit status 2 and one line on wrong input.
 """
 
 import argparse
 import collections
+import dataclasses
 import gzip
 import itertools
 import math
+import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import absl.logging
@@ -103,8 +109,25 @@ def prepare_fashion_mnist(folder: Path, data_dir: str | None) -> str:
     return str(_write("fashion_mnist", "3.0.1", features, splits, data_dir).data_dir)
 
 
-def picture_records(paths: list[Path], folder: Path, rendering: pictures.Rendering, skipped: list) -> Iterator[tuple]:
-    """(key, {"image"}) of every picture that can be decoded; the others are named on stderr and join `skipped`."""
+def classes_of(paths: Iterable[Path], folder: Path) -> list[str]:
+    """The names of the folders of `folder` if all pictures lie in two or more of them, sorted; else none."""
+    parts = [path.relative_to(folder).parts for path in paths]
+    names = sorted({pictures.printable(Path(first)) for first, *_ in parts})
+    return names if len(names) > 1 and all(len(each) > 1 for each in parts) else []
+
+
+def is_test(path: Path, folder: Path, share: float) -> bool:
+    """Whether a picture is in the split 'test', which `share` of all are; it follows from its path alone."""
+    return zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())) < share * 2**32
+
+
+def picture_records(
+    paths: list[Path], folder: Path, rendering: pictures.Rendering, classes: list[str], skipped: list
+) -> Iterator[tuple]:
+    """(key, {"image"}, with "label" where there are classes) of every picture that can be decoded.
+
+    The others are named on stderr and join `skipped`.
+    """
     import tqdm
 
     for path in tqdm.tqdm(paths, "reading pictures", disable=None):
@@ -114,7 +137,9 @@ def picture_records(paths: list[Path], folder: Path, rendering: pictures.Renderi
             _say(f"skipped: {error}")
             skipped.append(error)
             continue
-        yield pictures.record_key(path.relative_to(folder)), {"image": image}
+        place = path.relative_to(folder)
+        label = {"label": classes.index(pictures.printable(Path(place.parts[0])))} if classes else {}
+        yield pictures.record_key(place), {"image": image} | label
 
 
 def survey(folder: Path, rendering: pictures.Rendering) -> tuple[dict[Path, pictures.Facts], list[pictures.Unusable]]:
@@ -144,28 +169,42 @@ def survey(folder: Path, rendering: pictures.Rendering) -> tuple[dict[Path, pict
     return facts, skipped
 
 
-def prepare_images(folder: Path, data_dir: str, rendering: pictures.Rendering) -> str:
+def prepare_images(folder: Path, data_dir: str, rendering: pictures.Rendering, test_share: float = 0.0) -> str:
     """Writes the pictures of `folder` as the data set images 1.0.0 in `data_dir`; returns its folder and the counts.
+
+    Args:
+      test_share: of the pictures that become the split 'test'.
 
     Raises:
       InputError: as `survey`; no readable picture; the data set is already there.
     """
     _check_free("images", "1.0.0", Path(data_dir).expanduser())
     facts, skipped = survey(folder, rendering)
-    records = picture_records(list(facts), folder, rendering, skipped)
-    first = next(records, None)
-    if first is None:
-        raise InputError(f"there is no readable picture in {folder}; {_skipped_counts(skipped)}")
-    import tensorflow_datasets as tfds
-
-    shape = (rendering.size, rendering.size, 3)
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape, encoding_format="png")})
-    builder = _write("images", "1.0.0", features, {"train": itertools.chain([first], records)}, data_dir)
-    digest = datasets.digest_contents(builder.info.splits["train"].filepaths)
-    utils.write_json(Path(builder.data_dir) / datasets.CONTENTS, {"train": digest})
+    classes, splits = classes_of(facts, folder), {}
+    for name in ("train", "test") if test_share else ("train",):
+        chosen = [path for path in facts if is_test(path, folder, test_share) == (name == "test")]
+        records = picture_records(chosen, folder, rendering, classes, skipped)
+        if (first := next(records, None)) is None:
+            split = f" for the split {name!r}" if test_share else ""
+            raise InputError(f"there is no readable picture in {folder}{split}; {_skipped_counts(skipped)}")
+        splits[name] = itertools.chain([first], records)
+    builder = _write("images", "1.0.0", _picture_features(rendering, classes), splits, data_dir)
+    files = {name: builder.info.splits[name].filepaths for name in splits}
+    digests = {name: datasets.digest_contents(written) for name, written in files.items()}
+    utils.write_json(Path(builder.data_dir) / datasets.CONTENTS, digests)
     paths = {error.path for error in skipped}
     recorded = {path.relative_to(folder): found for path, found in facts.items() if path not in paths}
-    return "\n".join([str(builder.data_dir), _picture_counts(recorded), _skipped_counts(skipped)])
+    labelled = [f"labels: {', '.join(classes)}"] if classes else []
+    return "\n".join([str(builder.data_dir), _picture_counts(recorded), _skipped_counts(skipped), *labelled])
+
+
+def _picture_features(rendering: pictures.Rendering, classes: list[str]):
+    import tensorflow_datasets as tfds
+
+    shape = (rendering.size, rendering.size, rendering.channels)
+    image = {"image": tfds.features.Image(shape=shape, encoding_format="png")}
+    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
+    return tfds.features.FeaturesDict(image | label)
 
 
 def _picture_counts(facts: dict[Path, pictures.Facts]) -> str:
@@ -232,15 +271,16 @@ def chosen_rendering(options: argparse.Namespace) -> pictures.Rendering:
         alpha = 0
     if alpha != 255:
         raise InputError(f"--background {options.background}: use an opaque colour, by its name or as #rrggbb")
+    rendering = pictures.Rendering(options.size, (red, green, blue), grey=options.grey, crop=options.crop)
     if options.levels is None:
-        return pictures.Rendering(options.size, (red, green, blue))
+        return rendering
     try:
         low, high = map(float, options.levels.split(","))
     except ValueError:
         low = high = math.nan
     if not (low < high and math.isfinite(high - low)):
         raise InputError(f"--levels {options.levels}: use two numbers, of which the first is lower, such as 0,4095")
-    return pictures.Rendering(options.size, (red, green, blue), (low, high))
+    return dataclasses.replace(rendering, levels=(low, high))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     images.add_argument("--size", type=int, required=True, help="side of the stored images, in pixels")
     images.add_argument("--background", default="white", help="colour behind transparent pictures: a name or #rrggbb")
     images.add_argument("--levels", metavar="LOW,HIGH", help="values that are black and white in greys beyond 8 bits")
+    images.add_argument("--grey", action="store_true", help="store grey pictures, of one channel")
+    images.add_argument("--crop", choices=["centre", "none", "random"], default="centre")
+    images.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="share of the split 'test', 0 to 0.9")
     options = parser.parse_args(arguments)
     runtime.set_environment()
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns that what it is about to write is not there yet
@@ -261,7 +304,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.folder.is_dir():
             raise InputError(f"{options.folder} is not a folder")
         if options.job == "images":
-            written = prepare_images(options.folder, options.data_dir, chosen_rendering(options))
+            if not 0 <= options.test <= 0.9:
+                raise InputError(f"--test {options.test}: use a share from 0 to 0.9")
+            rendering = chosen_rendering(options)
+            written = prepare_images(options.folder, options.data_dir, rendering, options.test)
         else:
             written = prepare_fashion_mnist(options.folder, options.data_dir)
     except (InputError, OSError) as error:

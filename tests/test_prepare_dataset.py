@@ -173,6 +173,56 @@ def test_pictures_of_a_folder_become_squares_and_broken_ones_are_named(tmp_path,
         assert min(np.abs(image - expected).max() for image in found) < 5
 
 
+def test_folders_are_labels_and_a_share_is_the_test_split(tmp_path, capsys):
+    for number in range(60):
+        folder = tmp_path / "pictures" / ("apples" if number % 3 else "pears")
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = (number, 0, 0) if number % 3 else (number, 0, 255)
+        PIL.Image.new("RGB", (9, 8), colour).save(folder / f"{number}.png")
+    arguments = ("images", "--from", tmp_path / "pictures", "--to", tmp_path / "tfds", "--size", 8, "--test", 0.25)
+    status, _ = run(capsys, *arguments)
+    assert status == 0
+    numbers = []
+    for split in ("train", "test"):
+        source = datasets.image_source(data("IMAGES", tmp_path / "tfds", 8, 3), split)
+        images = source.read(0, source.size)
+        np.testing.assert_array_equal(source.labels() == 1, images[:, 0, 0, 2] == 255)
+        assert source.identity.count("contents ") == 1
+        numbers.append(images[:, 0, 0, 0].tolist())
+    assert sorted(numbers[0] + numbers[1]) == list(range(60))
+    assert 8 <= len(numbers[1]) <= 22  # 15, and two standard deviations
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "loose.png")
+    run(capsys, *arguments[:4], tmp_path / "other", *arguments[5:])
+    with pytest.raises(InputError, match="has no labels"):
+        datasets.image_source(data("IMAGES", tmp_path / "other", 8, 3)).labels()
+    status, line = run(capsys, *arguments[:4], tmp_path / "third", *arguments[5:-1], 1)
+    assert (status, "use a share from 0 to 0.9" in line) == (2, True)
+
+
+def test_greys_and_other_crops(tmp_path, capsys):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 40:] = (255, 0, 0), (0, 0, 255)
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        PIL.Image.fromarray(wide).save(tmp_path / "pictures" / f"{number}.png")
+
+    def images(channels, *options):
+        folder = tmp_path / "_".join(map(str, options))
+        job = ("images", "--from", tmp_path / "pictures", "--to", folder, "--size", 20, *options)
+        assert run(capsys, *job)[0] == 0
+        source = datasets.image_source(data("IMAGES", folder, 20, channels))
+        return source.read(0, source.size)
+
+    squeezed = images(3, "--crop", "none")
+    np.testing.assert_array_equal(squeezed[0, 10, [2, 17]], [[255, 0, 0], [0, 0, 255]])
+    assert not images(3, "--crop", "centre").any()
+    placed = images(3, "--crop", "random")
+    assert len({image.tobytes() for image in placed}) > 6
+    np.testing.assert_array_equal(placed, images(3, "--crop", "random", "--background", "white"))
+    grey = images(1, "--crop", "none", "--grey")
+    np.testing.assert_array_equal(grey[0, 10, [2, 17], 0], [76, 29])  # ITU-R 601-2: 0.299 red, 0.114 blue
+
+
 def test_pictures_are_stored_alike_wherever_they_lie(tmp_path, capsys):
     contents = []
     for name in ("one", "another"):
