@@ -102,8 +102,11 @@ def main_commands(page: pathlib.Path) -> list[list[str]]:
     ("page", "count", "dataset"), [("your_own_images.md", 7, "IMAGES"), ("commands.md", 14, "CIFAR10")]
 )
 def test_the_commands_of_a_page_are_accepted(page, count, dataset, monkeypatch):
-    commands = main_commands(ROOT / "docs" / page)
-    assert len(commands) == count
+    assert check_commands(main_commands(ROOT / "docs" / page), dataset, monkeypatch) == count
+
+
+def check_commands(commands, dataset, monkeypatch):
+    """How many commands of main.py there are, each of which has flags and settings that it accepts."""
     for command in commands:
         values = flags.FlagValues()
         config = config_flags.DEFINE_config_file("config", flag_values=values)
@@ -114,6 +117,7 @@ def test_the_commands_of_a_page_are_accepted(page, count, dataset, monkeypatch):
         assert values(command) == ["main.py"]  # nothing is left over
         check_config(values.config, values.mode)
         assert config.value.data.dataset == dataset
+    return len(commands)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/your_own_images.md"])
@@ -129,6 +133,24 @@ def test_python_imports_what_there_is(page):
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in named:
                 assert hasattr(named[node.value.id], node.attr), ast.unparse(node)
+
+
+def test_the_commands_for_own_pictures_are_accepted(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    chosen = {"SIZE": 16, "GREY": "", "K": 2, "UPDATES": 40, "PAIRS": 64, "BATCH": 64, "TEST": 0, "FEATURES": "pixels"}
+    (tmp_path / "run" / "chosen.sh").write_text("".join(f"{name}={value}\n" for name, value in chosen.items()))
+    stubs = 'bash() { :; }; source() { [ "${1##*/}" != chosen.sh ] || builtin source "$1"; }; '
+    stubs += 'python() { printf "%s\\n" "$*"; }; '
+    script = (ROOT / "scripts" / "own_images.sh").read_text().replace('cd "$(dirname "${BASH_SOURCE[0]}")/.."', ":")
+    command = ["bash", "-c", stubs + script, "own_images.sh", tmp_path / "pictures", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("-m ")] == [
+        "scripts.prepare_dataset",
+        "report",
+        "scripts.export",
+    ]
+    assert check_commands([line.split() for line in lines if line.startswith("main.py ")], "IMAGES", monkeypatch) == 7
 
 
 def test_shell_scripts_are_well_formed():
