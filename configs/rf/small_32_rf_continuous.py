@@ -14,7 +14,7 @@ from configs.recipes import apply_recipe
 
 
 def get_config(recipe: str = "paper") -> ml_collections.ConfigDict:
-    """A network of 711,000 parameters, three resolutions of one block each, for pictures of 16 or 32; `recipe`: see configs/recipes.py."""
+    """A network of 711,000 parameters for pictures of 16 x 16 or 32 x 32; `recipe`: see configs/recipes.py."""
     config = get_default_config()
     config.data.update(dataset="IMAGES", image_size=32, num_channels=3, random_flip=True)
     config.model.update(nf=24, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,), dropout=0.0)
