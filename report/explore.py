@@ -57,9 +57,9 @@ def _trajectories(model: Any, count: int, times: Any, **options: Any) -> tuple[A
         "states of a trajectory", solve, model.params, count, sampler.trajectories_per_device(count)
     )
     found = [jax.device_get(solved) for _, solved, _ in batches]
-    xs = np.concatenate([x for solved in found for x in solved.xs], axis=1)[:, :count]
-    check_finite(xs, sampler)
-    states = sample.states_at(found[0].ts[0], xs, times)
+    xs = np.concatenate([x for solved in found for x in solved.xs], axis=1)[sampler.states, :count]
+    check_finite(np.isfinite(xs), sampler)
+    states = sample.states_at(found[0].ts[0, sampler.states], xs, times)
     return datasets.unscale(states, model.centered), float(np.mean([solved.nfe for solved in found]))
 
 

@@ -50,7 +50,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     """(the entry, the one of now, the folder it is in). Raises InputError where nothing can be measured."""
     import runtime
 
-    entry = utils.read_json(options.metrics, Any, {})
+    entry = utils.valid_json(options.metrics, Any, {})
     if not _is_recorded(entry):
         raise utils.InputError(
             f"{options.metrics} has no complete 'provenance' record: not an evaluation, or written by an older version"

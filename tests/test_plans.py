@@ -68,7 +68,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(trained, capsys):
     for line in ("generate 64 pairs of 2 segments", "train 2-SeqRF-Distill", "evaluate 2-SeqRF", "draw 64 samples"):
         assert f"{line}\n" in printed
     assert f"into:        {trained}/2_distill\n" in printed
-    assert printed.count("devices:     2 x cpu, 1 host(s)\n") == 4
+    assert printed.count("devices:     2 x cpu\n") == 4
     assert files(trained) == before
 
 

@@ -266,7 +266,7 @@ def test_metadata_without_an_entry_is_corrupt(tmp_path, weights):
     with pytest.raises(InputError, match=r"exported .*: config\.model\.nf = 'many'"):
         load_weights(path, config)
     rewritten(path, lambda d: without(d, "model"))
-    with pytest.raises(InputError, match=r"exported .*: its metadata lacks 'model'"):
+    with pytest.raises(InputError, match=r"exported .*: its metadata has model = None"):
         load_weights(path, config)
     rewritten(path, lambda d: d.update(model={}, k=3))
     with pytest.raises(InputError, match="k = 3 and 2 boundaries"):
