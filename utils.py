@@ -322,13 +322,15 @@ def open_plain(path: epath.PathLike, *, buffered: bool = True) -> contextlib.Abs
     return path.open("rb") if buffered or not is_local(path) else typing.cast(IO[bytes], io.FileIO(path))
 
 
-def parse_json(content: str | bytes, kind: Any = Any) -> Any:
+def parse_json(content: str | bytes, kind: Any = Any, *, most: int = MOST_JSON) -> Any:
     """The value of a JSON text of the type `kind` (see `has_type`). NaN and infinity are null, as in `write_json`.
 
     Raises:
-      ValueError, RecursionError: no JSON, another type, more than MOST_LEVELS levels, or a number that 64 bits do not
-        hold.
+      ValueError, RecursionError: no JSON, another type, more than MOST_LEVELS levels or `most` bytes, or a number that
+        64 bits do not hold.
     """
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
     whole, real = _number(int, 2.0**63), _number(float, math.inf)
     value = json.loads(content, parse_int=whole, parse_float=real, parse_constant=lambda name: None)
     level = [value]
@@ -389,9 +391,7 @@ def read_json(path: epath.PathLike, kind: Any, default: Any = None, *, most: int
     except (FileNotFoundError, NotADirectoryError):
         return default
     with damage_named(f"{path} is damaged; restore or remove it"):
-        if len(content) > most:
-            raise ValueError(f"it has more than {most} bytes")
-        return parse_json(content, kind)
+        return parse_json(content, kind, most=most)
 
 
 def valid_json(path: epath.PathLike, kind: Any, default: Any = None) -> Any:

@@ -102,9 +102,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     """
     with damage_named(f"{path} {_NOT_EXPORTED}"), utils.open_plain(path) as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if size > utils.MOST_JSON:
-            raise ValueError("invalid header")
-        header = utils.parse_json(stream.read(size), _Header)
+        header = utils.parse_json(stream.read(min(size, utils.MOST_JSON + 1)), _Header)
         metadata = checked_metadata(utils.parse_json(header["__metadata__"]["seqrf"]))
         _check_sizes(metadata, arrays=len(header) - 1)
     if path.name == WEIGHTS:

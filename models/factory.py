@@ -188,8 +188,15 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 def velocity_fn(model: nn.Module, params: Any) -> Callable:
     """velocity(x [B,H,W,C], t [B] in [0, 1], index [B] int32) -> dx/dtau [B,H,W,C], without dropout."""
+    apply = _traced_once(model)
 
     def velocity(x: ArrayLike, t: ArrayLike, index: ArrayLike) -> Any:
-        return model.apply({"params": params}, x, segments.label_of_t(t), index)
+        return apply(params, x, segments.label_of_t(t), index)
 
     return velocity
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_once(model: nn.Module) -> Callable:
+    """The network as a function of its parameters too, which is traced once for all programs of equal shapes."""
+    return jax.jit(lambda params, x, labels, index: model.apply({"params": params}, x, labels, index))

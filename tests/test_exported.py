@@ -112,7 +112,7 @@ SPOILT = {
     "path": (lambda f: rewritten(f, lambda a: a.update({"ema_params/../../x": a[KEY]})), r"\.\./x has shape"),
     "two places": (lambda f: rewritten(f, lambda a: a.update({"ema_params": a[KEY]})), "not a file that SeqRF"),
     "half": (lambda f: f.write_bytes(f.read_bytes()[:5000]), "not a file that SeqRF"),
-    "huge header": (lambda f: f.write_bytes(HEADER.pack(1 << 62) + b"{}"), "invalid header"),
+    "huge header": (lambda f: f.write_bytes(HEADER.pack(1 << 62) + b"{}"), "not a file that SeqRF"),
     "deep header": (lambda f: f.write_bytes(HEADER.pack(10**6) + b"[" * 10**6), "not a file that SeqRF"),
     "foreign": (lambda f: save_file({"a": np.zeros(3)}, f), "not a file that SeqRF"),
     "image size": (lambda f: rewritten(f, data__image_size=65_536), "images of 65536 x 65536"),

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import logging
 import math
 import netrc
@@ -172,11 +173,11 @@ def _has_wandb_key() -> bool:
 
 def _wandb_run(workdir, name, config):
     """An online run where a key is known, else an offline one (`wandb sync` uploads it later); None without wandb."""
-    try:
-        import wandb
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("wandb") is None:
         logger.info("wandb is not installed: numbers are in metrics.json alone")
         return None
+    import wandb
+
     folder = epath.Path(workdir)
     local = folder if utils.is_local(folder) else epath.Path(".")
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
