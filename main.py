@@ -41,12 +41,13 @@ def main(argv: list[str]):
 
 
 def _run(config):
-    if any("://" in argument for argument in sys.argv):
-        runtime.tensorflow_on_cpu()  # by which epath reads and writes buckets
-    import run_lib
     from utils import InputError, disk_error
 
     try:
+        if any("://" in argument for argument in sys.argv):
+            runtime.tensorflow_on_cpu()  # by which epath reads and writes buckets
+        import run_lib
+
         with runtime.terminal_logging():
             named = {"log_name": FLAGS.log_name, "dry_run": FLAGS.dry_run}
             if FLAGS.mode == "train":

@@ -58,12 +58,13 @@ def set_environment(*, deterministic: bool = False, **hosts: str | int | None) -
 
 
 def _ensure_home() -> None:
-    """Gives libraries a temporary home where a user has none that can be written, as in containers with a bare user id.
+    """Gives libraries a temporary home where a user has none, as in containers with a bare user id.
 
-    Without one wandb raises, and others write into a folder `~`.
+    Without one wandb raises, and others write into a folder `~`. Docker's is then `/`. One that is read-only stays.
     """
     with contextlib.suppress(RuntimeError):
-        if os.access(pathlib.Path.home(), os.W_OK):
+        home = pathlib.Path.home()
+        if home.is_dir() and (home != pathlib.Path("/") or os.access(home, os.W_OK)):
             return
     folder = pathlib.Path(tempfile.gettempdir()) / f"seqrf-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -71,7 +72,7 @@ def _ensure_home() -> None:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="seqrf-"))
     os.environ["HOME"] = os.fspath(folder)
     print(
-        f"warning: there is no home folder that can be written; caches are in {folder}, unless HOME is set",
+        f"warning: there is no home folder; caches are in {folder}, unless HOME is set",
         file=sys.stderr,
     )
 

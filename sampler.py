@@ -152,6 +152,8 @@ class Sampler:
         if self.options.is_adaptive or n is None:
             return None, None
         times = segments.step_grid(self.boundaries, n).ts if self.time_grid is None else self.time_grid
+        if len(times) != n + 1:
+            raise ValueError(f"time_grid has {len(times)} times; num_scales = {n} needs {n + 1}")
         return np.pad(np.asarray(times, np.float32), (0, _most_steps(n) - n)), np.asarray(n, np.int32)
 
     @property

@@ -29,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-MOST_JSON = 2**24  # bytes of a file: a manifest of 80,000 pair files has as many
+MOST_JSON = 2**24  # bytes of a file
 MOST_LEVELS = 50  # of lists and dicts in each other
 SMALL_ARRAY = 2**24  # bytes; a larger one is ...
 MOST_COMPRESSED = 32  # ... at most as many times larger than its file
@@ -394,10 +394,10 @@ def read_json(path: epath.PathLike, kind: Any, default: Any = None, *, most: int
         return parse_json(content, kind, most=most)
 
 
-def valid_json(path: epath.PathLike, kind: Any, default: Any = None) -> Any:
+def valid_json(path: epath.PathLike, kind: Any, default: Any = None, *, most: int = MOST_JSON) -> Any:
     """As `read_json`, and `default` too where the file is damaged: for what is made again then, or can be left out."""
     try:
-        return read_json(path, kind, default)
+        return read_json(path, kind, default, most=most)
     except InputError:
         return default
 

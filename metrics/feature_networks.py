@@ -263,7 +263,8 @@ def _shuffled_digits() -> tuple[LabelledImages, LabelledImages]:
 def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: ClassifierRecipe) -> Any:
     """Parameters of `model` trained on `data`; the same for the same arguments and machine."""
     count = len(data.images)
-    batches = count // recipe.batch_size
+    size = min(recipe.batch_size, count)
+    batches = count // size
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.epochs * batches))
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -280,7 +281,7 @@ def train_classifier(model: LabelClassifier, data: LabelledImages, recipe: Class
         params = model.init(distributed.random_key(0), jnp.asarray(data.images[:1] / np.float32(255)))["params"]
         state = optimizer.init(params)
         for _ in tqdm.trange(recipe.epochs, desc="training a classifier", unit="epoch", leave=False, disable=None):
-            for batch in order.permutation(count)[: batches * recipe.batch_size].reshape(batches, -1):
+            for batch in order.permutation(count)[: batches * size].reshape(batches, -1):
                 params, state = step(params, state, data.images[batch] / np.float32(255), data.labels[batch])
     return jax.device_get(params)
 

@@ -19,6 +19,7 @@ from pairs.plan import DEFAULTS, FORMAT, PairPlan
 from utils import InputError
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 2**28  # bytes: a complete set of a million files has 160 MB
 # The entries of a manifest and their types; those of `DEFAULTS` may be missing.
 ENTRIES = {"format": int, "complete": bool, "k": int, "files": int} | {
     field.name: field.type for field in dataclasses.fields(PairPlan) if field.name != "folder"
@@ -34,7 +35,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(folder) / MANIFEST
     remedy = "restore a backup, or remove the whole set and generate it again"
     try:
-        manifest = utils.read_json(path, Any)
+        manifest = utils.read_json(path, Any, most=MOST_MANIFEST)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except InputError as error:

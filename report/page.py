@@ -19,7 +19,7 @@ from PIL import Image
 
 import utils
 from report import plots as report_plots
-from report.results import Evaluation, Results
+from report.results import Evaluation, Results, read_or
 from utils import InputError
 
 STAGES = ("1_rf", "samples", "2_rf", "2_distill*")  # in the order in which they run
@@ -235,10 +235,10 @@ def _stages(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     found = {}
     for pattern in STAGES:
         for folder in sorted(path for path in workdir.glob(pattern) if path.is_dir()):
-            lines = utils.valid_json(folder / "metrics.json", list[dict[str, Any]], [])
+            lines = read_or(folder / "metrics.json", list[dict[str, Any]], [])
             numbers = [_numbers(line) for line in lines]
             history = [line for line in numbers if "step" in line and "loss" in line]
-            record = utils.valid_json(folder / "provenance.json", dict[str, Any], {})
+            record = read_or(folder / "provenance.json", dict[str, Any], {})
             found[folder.name] = {"history": history, "record": record}
     return found
 
@@ -259,9 +259,9 @@ def _commands(stages: dict[str, dict[str, Any]], last: list[Evaluation]) -> list
 
 
 def _pair_facts(workdir: pathlib.Path) -> dict[str, str]:
-    manifest = utils.valid_json(workdir / "samples" / "reflow_batch" / "manifest.json", dict[str, Any], {})
+    manifest = read_or(workdir / "samples" / "reflow_batch" / "manifest.json", dict[str, Any], {})
     facts = {name: manifest[name] for name in PAIR_FACTS if name in manifest}
-    lines = utils.valid_json(workdir / "samples" / "metrics.json", list[dict[str, Any]], [])
+    lines = read_or(workdir / "samples" / "metrics.json", list[dict[str, Any]], [])
     made = lines[-1] if lines else {}
     facts |= {name: f"{value:.4g}" for name, value in _numbers(made).items() if name not in ("step", "pairs")}
     return {name.replace("_", " "): _text(value) for name, value in facts.items()}
@@ -288,7 +288,7 @@ def _how_measured(one: Evaluation) -> tuple[str, dict[str, str]]:
         "code": commit and f"{commit}{', changed' if record.get('dirty') else ''}",
         "versions": record.get("versions"),
         "pairs": record.get("pairs"),
-        "best step": utils.valid_json(one.folder.parent / "best.json", Any),
+        "best step": read_or(one.folder.parent / "best.json", Any),
     }
     return f"{one.metrics['model']}, {one.metrics['sampler']}: {os.path.join(one.name, one.folder.name)}", {
         name: _text(value) for name, value in facts.items() if value not in (None, "", {}, [])

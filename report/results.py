@@ -1,5 +1,6 @@
 """What a workdir's evaluations measured: their metrics.json, as rows of a table, and what the quickstart claims."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import utils
+from tracking.tracker import MOST_HISTORY
 
 COLUMNS = {
     "NFE": ("nfe", "{:.0f}"),
@@ -124,13 +126,20 @@ def read(workdir: pathlib.Path) -> Results:
     found: dict[pathlib.Path, list[tuple[int, Evaluation]]] = {}
     for path in sorted(workdir.glob("*/step_*/metrics.json")):
         step = path.parent.name.removeprefix("step_")
-        metrics = utils.valid_json(path, dict[str, Any], {})
+        metrics = read_or(path, dict[str, Any], {})
         if not step.isdecimal() or not _is_evaluation(metrics):
             print(f"left out: {path} is not the metrics.json of an evaluation", file=sys.stderr)
             continue
         found.setdefault(path.parent.parent, []).append((int(step), Evaluation(path.parent, metrics)))
     steps = [[one for _, one in sorted(each, key=lambda pair: pair[0])] for each in found.values()]
     return Results(sorted(steps, key=lambda each: each[-1].order))
+
+
+def read_or(path: pathlib.Path, kind: Any, default: Any = None) -> Any:
+    """The content of a JSON file; `default` where it is missing or damaged or cannot be read: it is left out."""
+    with contextlib.suppress(OSError):
+        return utils.valid_json(path, kind, default, most=MOST_HISTORY)
+    return default
 
 
 def _is_number(value: Any) -> bool:

@@ -20,12 +20,13 @@ bash scripts/requirements.sh
 mkdir -p "$workdir"
 if [ ! -f "$workdir/chosen.sh" ]; then # once: a run that goes on keeps them
   chosen="$(python -m scripts.own_images "$folder")"
-  printf '%s\n' "$chosen" > "$workdir/chosen.sh"
+  printf '%s\n' "$chosen" > "$workdir/chosen.sh.tmp" && mv "$workdir/chosen.sh.tmp" "$workdir/chosen.sh"
 fi
 source "$workdir/chosen.sh"
 echo "chosen: $(tr '\n' ' ' < "$workdir/chosen.sh")"
 
-if [ ! -d "$workdir/data/images/1.0.0" ]; then
+if [ ! -f "$workdir/data/images/1.0.0/contents.json" ]; then # which is written last
+  rm -rf "$workdir/data/images/1.0.0"
   python -m scripts.prepare_dataset images --from "$folder" --to "$workdir/data" --size "$SIZE" --test "$TEST" \
     ${GREY:+--grey}
 fi
@@ -55,7 +56,8 @@ job --mode=eval --eval_folder=distilled "${second[@]}" --config.eval.reflow_mode
   --config.eval.begin_step="$distill" "${fixed[@]}"
 job --mode=sample --eval_folder=drawn "${second[@]}" --config.eval.reflow_mode=eval_distill "${fixed[@]}"
 python -m report --html "$workdir"
-if [ ! -d "$workdir/model" ]; then
+if [ ! -f "$workdir/model/README.md" ]; then # which is written last
+  rm -rf "$workdir/model"
   python -m scripts.export "$workdir/2_distill" "$workdir/model" --name "Own pictures in $K calls" --license other
 fi
 echo "done: $workdir/report.html, the model in $workdir/model, samples in $workdir/drawn"

@@ -75,7 +75,8 @@ echo "installing $files for $accelerator into .venv ($size)"
 index=https://download.pytorch.org/whl/cpu
 answers() { timeout 8 .venv/bin/python -c "import urllib.request; urllib.request.urlopen('$index/torch/', timeout=5)" 2>/dev/null; }
 if [ $set = full ] && [ "$(uname -s)" = Linux ] && ! .venv/bin/python -c 'import torch' 2>/dev/null && answers; then
-  pip install --quiet --no-compile --no-deps --index-url "$index" "$(grep '^torch==' requirements.txt)"
+  pip install --quiet --no-compile --no-deps --index-url "$index" "$(grep '^torch==' requirements.txt)" ||
+    echo "PyTorch's own index has failed; its wheel of PyPI is taken"
 fi
 # --no-compile: a minute less. What is used is compiled below, also where PYTHONDONTWRITEBYTECODE is set (as in Python's
 # container images): there every start would compile its imports again.

@@ -93,7 +93,7 @@ def test_code_cites_sections_of_the_method():
 def main_commands(page: pathlib.Path) -> list[list[str]]:
     """The arguments of every main.py command in a page's shell blocks, as the shell passes them."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    stubs = 'source() { :; }; mkdir() { :; }; ln() { :; }; python() { printf "%s\\n" "$*"; }\n'
+    stubs = 'bash() { :; }; source() { :; }; mkdir() { :; }; ln() { :; }; python() { printf "%s\\n" "$*"; }\n'
     done = subprocess.run(["bash", "-euc", stubs + "".join(blocks)], capture_output=True, text=True, check=True)
     return [line.split() for line in done.stdout.splitlines() if line.startswith("main.py ")]
 

@@ -61,7 +61,8 @@ class Tracker:
         self._board = None
         if primary and tensorboard:
             writer = utils.needed("tensorboardX", "--config.tensorboard=True").SummaryWriter
-            self._board = writer(os.fspath(epath.Path(folder) / "tensorboard"))
+            purged = int(resume_step) + 1 if math.isfinite(resume_step) else None
+            self._board = writer(os.fspath(epath.Path(folder) / "tensorboard"), purge_step=purged)
         if primary:
             self._wandb = _wandb_run(workdir, name, config)
 
@@ -173,7 +174,8 @@ def _has_wandb_key() -> bool:
 
 def _wandb_run(workdir, name, config):
     """An online run where a key is known, else an offline one (`wandb sync` uploads it later); None without wandb."""
-    if importlib.util.find_spec("wandb") is None:
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # else a folder of wandb's runs
         logger.info("wandb is not installed: numbers are in metrics.json alone")
         return None
     import wandb

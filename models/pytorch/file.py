@@ -39,8 +39,7 @@ class _Clipped:
     """A stream that is asked for no more bytes than it has: for a damaged length Python would allocate them first."""
 
     def __init__(self, stream):
-        self._stream, self._size = stream, stream.seek(0, os.SEEK_END)
-        stream.seek(0)
+        self._stream, self._size = stream, _size_of(stream)
 
     def read(self, size=-1):
         left = self._size - self._stream.tell()
@@ -48,6 +47,14 @@ class _Clipped:
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
+
+
+def _size_of(stream):
+    """The bytes of a stream, which is at its beginning afterwards; `seek` itself returns nothing in a bucket."""
+    stream.seek(0, os.SEEK_END)
+    size = stream.tell()
+    stream.seek(0)
+    return size
 
 
 def _overlapping_blocks(stream, overlap):
@@ -91,7 +98,9 @@ def _is_archive(path) -> bool:
     """Whether the file is a zip archive (torch.save since 1.6), once it is known not to grow when it is read."""
     with open_plain(path) as stream:
         magic = stream.read(4)
-        if not zipfile.is_zipfile(stream):
+        with damage_named("is a damaged archive"):
+            is_zip = zipfile.is_zipfile(stream)
+        if not is_zip:
             if magic == b"PK\x03\x04":
                 raise InputError("is truncated: the archive's end is missing")
             return False
@@ -99,7 +108,7 @@ def _is_archive(path) -> bool:
             archive = zipfile.ZipFile(stream)
             members = archive.infolist()
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-            if not stored or sum(member.file_size for member in members) > stream.seek(0, os.SEEK_END):
+            if not stored or sum(member.file_size for member in members) > _size_of(stream):
                 raise ValueError("it is compressed, as torch.save writes none")
             # PyTorch looks at no checksum: one flipped bit would be another weight.
             if (damaged := archive.testzip()) is not None:
