@@ -65,9 +65,7 @@ model.remat = network("remat")  # recompute activations in the backward pass, fo
 
 training = page.section("training")
 training.reflow_mode = setting("train_reflow", choices=TRAINING_MODES, may_change=True)  # when rf_phase is 2
-training.reflow_t = setting(
-    1, least=1, most=65_536
-)  # k, the number of segments; an evaluation takes it from the checkpoint
+training.reflow_t = setting(1, least=1, most=65_536)  # k, the segments; an evaluation takes it from the checkpoint
 training.adaptive_interval = setting(False)  # SeqRF-Ada: boundaries from the teacher's curvature (in gen_reflow)
 training.batch_size = setting(512, least=1, most=MOST_IMAGES)  # over all hosts and devices
 training.n_iters = setting(None, kind=int, least=1)  # updates in the whole run; not set: the stage's own, see below
@@ -88,17 +86,13 @@ training.lpips_path = setting("none", may_change=True)  # VGG16 of torchvision, 
 training.lpips_heads = setting("none", may_change=True)  # the linear heads of LPIPS, its own v0.1/vgg.pth
 training.t_distribution = setting("uniform", choices=tuple(losses.T_DISTRIBUTIONS))  # t or u
 training.t_shape = setting(4.0, least=0.01, most=80)  # a of ushape's density a e^(a u) / (e^a - 1)
-training.distill_steps = setting(
-    1, least=1, most=9_999
-)  # m: distillation learns m Euler steps a segment, u in {1/m, ..., 1}
+training.distill_steps = setting(1, least=1, most=9_999)  # m Euler steps a segment are learnt, u in {1/m, ..., 1}
 training.on_policy = setting(0.0, least=0, most=1)  # share of a batch that starts from the EMA student's states
 training.init_from_ema = setting(False)  # start from the source's EMA weights, its Adam moments at zero
 training.import_torch = setting("none")  # start from this PyTorch checkpoint
 training.import_flax = setting("none")  # start from this checkpoint: a run's folder or an exported file
 training.n_reflow_data = setting(1_000_000, least=1, may_change=True)  # pairs to make, all segments together
-training.gen_reflow_size = setting(
-    1_024, least=1, most=MOST_IMAGES, may_change=True
-)  # images solved together on a host
+training.gen_reflow_size = setting(1_024, least=1, most=MOST_IMAGES, may_change=True)  # solved together on a host
 training.reflow_file_size = setting(10_000, least=1, may_change=True)  # pairs in a file
 training.reflow_dtype = setting("float32", choices=("float32", "float16"), may_change=True)
 training.reflow_store_noise = setting(True, may_change=True)  # False: x1 is rebuilt on reading, half the disk
@@ -160,9 +154,7 @@ evaluate.floor = setting(True)  # also the distances of test images, or of two h
 
 sample = page.section("sample")  # --mode=sample, of the checkpoint that an evaluation takes
 sample.count = setting(64, least=1)
-sample.batch_size = setting(
-    64, least=1, most=MOST_IMAGES
-)  # solved together, over all local devices; sampler.load's default
+sample.batch_size = setting(64, least=1, most=MOST_IMAGES)  # solved together, on all local devices, as sampler.load
 sample.interpolate = setting(False)  # also strips between pairs of noises
 sample.trajectory = setting(False)  # also the way from noise to image: an animated GIF and a strip
 sample.frames = setting(16, least=2, most=1_000)  # of a strip and of the animation
